@@ -1,0 +1,70 @@
+"""The one error tree. Foreign errors are translated once, at the border where they are met.
+
+    FapoError
+    ├── ConfigError            a setting is wrong: which key, what it is, what it should be
+    ├── DataError              a row, file, tokenizer or checkpoint on disk is not what it must be
+    ├── TaskError              a task's checker failed (not: the answer is wrong)
+    ├── ServerError            a generation server answered wrongly
+    │   ├── ServerUnreachable      no answer, or it died
+    │   └── RequestRejected        it understood the request and refused it; a retry will not help
+    ├── JudgeError             too many verdicts failed for the run to be trusted
+    ├── WeightsError           the weights on a server are not the ones that were published
+    ├── PolicyError            a Megatron rank failed: which rank, which phase
+    │   └── Diverged               a loss or a gradient norm is not finite
+    └── ResumeError            a run folder cannot be continued
+
+Every class takes one message and survives pickling (a rank raises it, the driver receives it); `where` is
+appended as "(rank 1, step 12)" so that the place travels with the text.
+"""
+
+
+class FapoError(Exception):
+    """Root of all errors that this package raises on purpose."""
+
+    def __init__(self, message: str, **where: object) -> None:
+        place = ", ".join(f"{name} {value}" for name, value in where.items())
+        super().__init__(f"{message} ({place})" if place else message)
+
+
+class ConfigError(FapoError):
+    """A setting is wrong."""
+
+
+class DataError(FapoError):
+    """Something on disk is not what it must be."""
+
+
+class TaskError(FapoError):
+    """A task's own checker failed."""
+
+
+class ServerError(FapoError):
+    """A generation server answered wrongly."""
+
+
+class ServerUnreachable(ServerError):
+    """A generation server did not answer."""
+
+
+class RequestRejected(ServerError):
+    """A generation server refused a request that it understood."""
+
+
+class JudgeError(FapoError):
+    """Too many verdicts failed."""
+
+
+class WeightsError(FapoError):
+    """A server does not hold the weights that were published."""
+
+
+class PolicyError(FapoError):
+    """A Megatron rank failed."""
+
+
+class Diverged(PolicyError):
+    """A loss or a gradient norm is not finite."""
+
+
+class ResumeError(FapoError):
+    """A run folder cannot be continued."""

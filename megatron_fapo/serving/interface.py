@@ -1,0 +1,29 @@
+"""What rollout, judge and publish need of a generation server. Light: no torch, no HTTP library.
+
+`serving.client.ServerClient` talks to a real server; the virtual-time tests and the simulator bring their own.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from megatron_fapo.records import Bucket, Generation, GenerationRequest, WeightVersion
+
+
+class Generator(Protocol):
+    """Something that generates. Its errors are `ServerError`s."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Generation]:
+        """Yield the samples of a request, each as soon as it is finished, in any order, each exactly once."""
+
+
+class WeightReceiver(Protocol):
+    """A server whose weights can be replaced. While an update is open it generates nothing."""
+
+    async def begin_update(self) -> None:
+        """Pause generation (running requests wait) and open an update."""
+
+    async def load_bucket(self, bucket: Bucket) -> None:
+        """Copy a bucket into the model. The segment may be reused when this returns."""
+
+    async def end_update(self, version: int) -> WeightVersion:
+        """Close the update, continue generation, and say what the server now holds, computed from its own memory."""

@@ -1,0 +1,116 @@
+"""The base class of every settings section, and how a YAML file and `key=value` overrides become one tree.
+
+Sections live beside their part in `<room>/settings.py` and are light: no torch, no Ray. The docstring under a
+field is its only description; the reference page is generated from it.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_fapo.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """A section of the configuration: frozen, typed, unknown keys refused with the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    def changed(self, **values: Any) -> Self:
+        """A validated copy with some fields replaced."""
+        return type(self).model_validate({**self.model_dump(), **values})
+
+
+Tree = TypeVar("Tree", bound=Settings)
+
+
+def load(tree: type[Tree], path: Path, overrides: Sequence[str] = ()) -> Tree:
+    """Read a YAML file (following `inherits:`), apply `a.b=value` overrides, validate.
+
+    Raises ConfigError naming the file, the key, what was wrong and the nearest known key.
+    """
+    values = _read(path, seen=())
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return tree.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(tree, error)}") from None
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: inherits from itself")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, found {type(values).__name__}")
+    parent = values.pop("inherits", None)
+    return merge(_read(path.parent / parent, (*seen, path)), values) if parent else values
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge of two mappings; lists and scalars of `over` replace those of `under`."""
+    result = dict(under)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    *sections, leaf = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+        values = inner
+    try:
+        values[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+
+
+def explain(tree: type[BaseModel], error: ValidationError) -> str:
+    """A pydantic error in one line per problem, with the nearest known key for an unknown one."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {where!r}{_nearest(tree, problem['loc'])}")
+        elif problem["type"] == "missing":
+            lines.append(f"missing key {where!r}")
+        else:
+            what = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{where or 'config'}: {what}" + ("" if where == "" else f", found {problem['input']!r:.200}"))
+    return "; ".join(lines)
+
+
+def _nearest(tree: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """`, did you mean ...?` for the last part of a location, looked up among the fields of its section."""
+    section: Any = tree
+    for part in location[:-1]:
+        field = section.model_fields.get(part) if _is_section(section) else None
+        candidates = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((c for c in candidates if _is_section(c)), None)
+    if not _is_section(section):
+        return ""
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f", known here: {', '.join(known)}"
+
+
+def _is_section(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, BaseModel)

@@ -1,0 +1,68 @@
+"""Time and measurements as types, importable by every room: the clock, spans, and the counters a step collects."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Where sampler and judge get time from, so that a test or a simulator can run them in virtual time."""
+
+    def now(self) -> float:
+        """Seconds on a monotonic scale."""
+
+    async def sleep(self, seconds: float) -> None:
+        """Come back `seconds` later on the same scale."""
+
+
+class SystemClock:
+    """The machine's own clock."""
+
+    def now(self) -> float:
+        """Seconds on a monotonic scale."""
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        """Come back `seconds` later."""
+        await asyncio.sleep(seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A stretch of time with a name, in seconds of the clock that measured it.
+
+    Example: `Span(name="generate", start=12.0, end=13.5)`.
+    """
+
+    name: str
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end - self.start
+
+
+@dataclass(slots=True)
+class Spans:
+    """The spans of one step, collected as they end."""
+
+    clock: Clock
+    ended: list[Span] = field(default_factory=list)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Measure the body of a `with` block; it is recorded even when the body raises."""
+        start = self.clock.now()
+        try:
+            yield
+        finally:
+            self.ended.append(Span(name=name, start=start, end=self.clock.now()))
+
+    def seconds(self, name: str) -> float:
+        """Total seconds of all spans called `name`."""
+        return sum(span.seconds for span in self.ended if span.name == name)
