@@ -21,6 +21,8 @@ class RewardSettings(Settings):
 
     flaw_penalty: Annotated[float, Field(ge=0)] = 1.0
     """λ of Eq. 8, taken from a right answer that the judge flags. 1 lets the shift happen at ρ = 1; 0 is plain GRPO."""
+    failed_verdict: Literal["drop_group", "as_clean", "as_flawed"] = "drop_group"
+    """What a failed verdict becomes: its group leaves the batch, or the rollout counts as clean, or as flawed."""
     overlong: OverlongSettings | None = None
     """Overlong shaping, added after FAPO's reward; off when null."""
 
@@ -51,7 +53,3 @@ class AlgorithmSettings(Settings):
     reward: RewardSettings = RewardSettings()
     advantage: AdvantageSettings = AdvantageSettings()
     loss: LossSettings = LossSettings()
-
-
-FailedVerdict = Literal["drop_group", "as_clean", "as_flawed"]
-"""What a failed verdict becomes: its group leaves the batch, or the rollout counts as clean, or as flawed."""

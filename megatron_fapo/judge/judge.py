@@ -1,0 +1,147 @@
+"""Which rollouts of a group are judged, and when: as soon as it is known that the verdict matters.
+
+While a group is still generating, its first right solution waits: alone it could not change an advantage
+(`algorithm.advantages.needs_verdict`). When a second, different right solution lands, both are asked at once, and
+each later one on arrival. So where the skip is lossless no call is wasted, and only that one waits.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_fapo.algorithm.advantages import needs_verdict
+from megatron_fapo.algorithm.rewards import shaped
+from megatron_fapo.algorithm.settings import AlgorithmSettings
+from megatron_fapo.errors import JudgeError
+from megatron_fapo.judge.ask import Asker
+from megatron_fapo.judge.settings import JudgeSettings
+from megatron_fapo.records import Group, NotJudged, Outcome, Prompt, Rollout, Verdict
+
+VerdictTask = asyncio.Task[Verdict | NotJudged]
+
+ENOUGH_TO_TELL = 16
+"""Below this many asked verdicts in a step a share of failures says nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What decides whether a verdict is asked."""
+
+    judge: JudgeSettings
+    algorithm: AlgorithmSettings
+    group_size: int
+    max_tokens: int
+    """The response limit, for overlong shaping."""
+
+    def matters(self, distinct_right: int, lengths: Sequence[int]) -> bool:
+        """Whether a verdict can change an advantage in a group with these right solutions and response lengths."""
+        reward = self.algorithm.reward
+        return not self.judge.skip or needs_verdict(
+            distinct_right=distinct_right,
+            group_size=self.group_size,
+            flaw_penalty=reward.flaw_penalty,
+            advantage=self.algorithm.advantage,
+            shaped=shaped(list(lengths), self.max_tokens, reward.overlong),
+        )
+
+
+@dataclass(slots=True)
+class GroupJudge:
+    """The verdicts of one group. Consumes rollouts as they land; is unblocked by the judge's servers."""
+
+    asker: Asker
+    rules: Rules
+    prompt: Prompt
+    _landed: list[tuple[Rollout, Outcome]] = field(default_factory=list)
+    _asked: dict[str, VerdictTask] = field(default_factory=dict)
+    """By the solution's text: identical solutions share their verdict."""
+    _probes: dict[str, VerdictTask] = field(default_factory=dict)
+    """By rollout id."""
+
+    def add(self, rollout: Rollout, outcome: Outcome) -> None:
+        """Take in a finished rollout; starts verdicts, never waits for one."""
+        self._landed.append((rollout, outcome))
+        self._start()
+
+    async def verdicts(self) -> dict[str, Verdict | NotJudged]:
+        """{rollout id: verdict} of all rollouts added; waits for those that were asked."""
+        self._start()
+        for rollout, outcome in self._landed:
+            if outcome.right and rollout.text not in self._asked and self._drawn(rollout):
+                self._probes[rollout.id] = self._ask(rollout)
+        return {rollout.id: await self._verdict(rollout, outcome) for rollout, outcome in self._landed}
+
+    async def cancel(self) -> None:
+        """Stop what is still being asked."""
+        tasks = [*self._asked.values(), *self._probes.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start(self) -> None:
+        right = {rollout.text: rollout for rollout, outcome in reversed(self._landed) if outcome.right}
+        if self.rules.matters(len(right), [len(rollout.token_ids) for rollout, _ in self._landed]):
+            for text, rollout in right.items():
+                if text not in self._asked:
+                    self._asked[text] = self._ask(rollout)
+
+    async def _verdict(self, rollout: Rollout, outcome: Outcome) -> Verdict | NotJudged:
+        if not outcome.right:
+            return NotJudged(reason="wrong")
+        if rollout.text in self._asked:
+            return await self._asked[rollout.text]
+        if rollout.id in self._probes:
+            probe = await self._probes[rollout.id]
+            tokens = probe.tokens
+            return NotJudged(reason="skipped", probe=probe if isinstance(probe, Verdict) else None, tokens=tokens)
+        return NotJudged(reason="skipped")
+
+    def _ask(self, rollout: Rollout) -> VerdictTask:
+        return asyncio.ensure_future(self.asker.ask(self.prompt, rollout.text, rollout.id))
+
+    def _drawn(self, rollout: Rollout) -> bool:
+        """Whether a skipped rollout is drawn for a probe; the draw depends on its id alone."""
+        draw = int.from_bytes(hashlib.blake2b(rollout.id.encode(), digest_size=4).digest(), "big") / 2**32
+        return draw < self.rules.judge.probe_share
+
+
+class NoJudge:
+    """Plain GRPO: every right rollout stays unjudged."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self._results: dict[str, Verdict | NotJudged] = {}
+
+    def add(self, rollout: Rollout, outcome: Outcome) -> None:
+        """Take in a finished rollout."""
+        self._results[rollout.id] = NotJudged(reason="off" if outcome.right else "wrong")
+
+    async def verdicts(self) -> dict[str, Verdict | NotJudged]:
+        """{rollout id: NotJudged}."""
+        return self._results
+
+    async def cancel(self) -> None:
+        """Nothing to stop."""
+
+
+class Judge:
+    """Opens a `GroupJudge` for each group, or a `NoJudge` when there are no judge servers."""
+
+    def __init__(self, asker: Asker | None, rules: Rules) -> None:
+        self._asker = asker
+        self._rules = rules
+
+    def open(self, prompt: Prompt) -> GroupJudge | NoJudge:
+        """A judge for one group."""
+        return NoJudge(prompt) if self._asker is None else GroupJudge(self._asker, self._rules, prompt)
+
+    def check(self, groups: Sequence[Group]) -> None:
+        """Raise JudgeError when too many of a step's verdicts failed to trust the run."""
+        verdicts = [judged.verdict for group in groups for judged in group]
+        failed = [v for v in verdicts if isinstance(v, NotJudged) and v.reason == "failed"]
+        asked = len(failed) + sum(isinstance(v, Verdict) for v in verdicts)
+        if asked >= ENOUGH_TO_TELL and len(failed) > self._rules.judge.max_failed_share * asked:
+            raise JudgeError(
+                f"{len(failed)} of {asked} verdicts failed, more than judge.max_failed_share = "
+                f"{self._rules.judge.max_failed_share}; the last one: {failed[-1].why}. Look at the judge server's log"
+            )

@@ -1,0 +1,152 @@
+"""From prompts to judged groups: generation, checking and judging of all groups stream together."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from megatron_fapo.errors import DataError, ServerError
+from megatron_fapo.judge.ask import ChatCodec
+from megatron_fapo.judge.judge import Judge
+from megatron_fapo.records import (
+    Generation,
+    GenerationRequest,
+    Group,
+    Judged,
+    Prompt,
+    Rollout,
+    Sampling,
+)
+from megatron_fapo.rollout.settings import RolloutSettings
+from megatron_fapo.serving.interface import Generator
+from megatron_fapo.tasks.interface import Task
+
+T = TypeVar("T")
+
+
+class Sampler:
+    """Makes groups. Consumes prompts; waits for the policy's servers, the task's checks and the judge.
+
+    Every rollout's seed comes from its id alone, so a run does not depend on the order in which servers answer.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        servers: Generator,
+        judge: Judge,
+        tokenizer: ChatCodec,
+        settings: RolloutSettings,
+        seed: int,
+        progress: Callable[[int], None] = lambda rollouts: None,
+    ) -> None:
+        self._task = task
+        self._servers = servers
+        self._judge = judge
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._seed = seed
+        self._progress = progress
+
+    async def collect(self, step: int, cursor: int) -> list[Group]:
+        """The groups of a step: `prompts_per_step` prompts of the training stream from `cursor` on."""
+        prompts = [self._task.prompt(cursor + offset) for offset in range(self._settings.prompts_per_step)]
+        return await self.sample(step, prompts)
+
+    async def sample(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
+        """Groups of the given prompts, in their order.
+
+        The first error of any group ends the others. Raises JudgeError when too many verdicts failed.
+        """
+        for prompt in prompts:
+            if len(prompt.token_ids) > self._settings.max_prompt_tokens:
+                raise DataError(
+                    f"prompt {prompt.id} has {len(prompt.token_ids)} tokens, rollout.max_prompt_tokens is "
+                    f"{self._settings.max_prompt_tokens}: raise it or leave the row out"
+                )
+        groups = await all_or_first_error([self._group(step, prompt) for prompt in prompts])
+        self._judge.check(groups)
+        return groups
+
+    async def _group(self, step: int, prompt: Prompt) -> Group:
+        request = self._request(step, prompt)
+        judge = self._judge.open(prompt)
+        landed: dict[str, tuple[Rollout, asyncio.Task[None]]] = {}
+        outcomes = {}
+
+        async def check(rollout: Rollout) -> None:
+            outcomes[rollout.id] = await self._task.check(prompt, rollout.text)
+            judge.add(rollout, outcomes[rollout.id])
+
+        try:
+            async for generation in self._servers.generate(request):
+                rollout = self._rollout(prompt, request, generation)
+                landed[rollout.id] = (rollout, asyncio.ensure_future(check(rollout)))
+                self._progress(1)
+            if set(landed) != set(request.ids):
+                raise ServerError(f"{len(landed)} of {len(request.ids)} samples came back", prompt=prompt.id, step=step)
+            await asyncio.gather(*(checking for _, checking in landed.values()))
+            verdicts = await judge.verdicts()
+        except BaseException:
+            for _, checking in landed.values():
+                checking.cancel()
+            await judge.cancel()
+            raise
+        rollouts = [landed[name][0] for name in request.ids]
+        return Group(
+            step=step,
+            prompt=prompt,
+            judged=tuple(
+                Judged(
+                    rollout=rollout,
+                    outcome=outcomes[rollout.id],
+                    verdict=verdicts[rollout.id],
+                    oracle=self._task.oracle(prompt, rollout.text) if outcomes[rollout.id].right else None,
+                )
+                for rollout in rollouts
+            ),
+        )
+
+    def _request(self, step: int, prompt: Prompt) -> GenerationRequest:
+        ids = tuple(f"s{step}-{prompt.id}-r{index}" for index in range(self._settings.group_size))
+        return GenerationRequest(
+            ids=ids,
+            token_ids=prompt.token_ids,
+            seeds=tuple(seed_of(self._seed, name) for name in ids),
+            sampling=Sampling(
+                temperature=self._settings.temperature,
+                top_p=self._settings.top_p,
+                max_new_tokens=self._settings.max_new_tokens,
+                stop_token_ids=self._tokenizer.stop_token_ids,
+            ),
+        )
+
+    def _rollout(self, prompt: Prompt, request: GenerationRequest, generation: Generation) -> Rollout:
+        return Rollout(
+            id=generation.id,
+            prompt_id=prompt.id,
+            token_ids=generation.token_ids,
+            logprobs=generation.logprobs,
+            versions=generation.versions,
+            temperature=self._settings.temperature,
+            seed=request.seeds[request.ids.index(generation.id)],
+            text=self._tokenizer.decode(generation.token_ids),
+            finish_reason=generation.finish_reason,
+        )
+
+
+def seed_of(run_seed: int, name: str) -> int:
+    """A seed in [0, 2**31) for the rollout of this name in the run of this seed."""
+    return int.from_bytes(hashlib.blake2b(f"{run_seed}/{name}".encode(), digest_size=4).digest(), "big") >> 1
+
+
+async def all_or_first_error(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; on the first error the rest is cancelled and that error is raised as it is."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
