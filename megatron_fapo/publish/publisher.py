@@ -6,7 +6,6 @@ no server ever holds a second whole model: two buckets are alive at a time, one 
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 from megatron_fapo.errors import WeightsError
@@ -29,12 +28,12 @@ class Exporter(Protocol):
 class WeightTransport(Protocol):
     """A way for tensors to get from an exporter to receivers.
 
-    The receivers have an open update; `send` returns {tensor name: digest} of everything that it delivered, as
-    the exporter computed them, and raises what the two ends raise. It holds no model between calls.
+    The receivers have an open update. The transport keeps no weights between calls, and raises what the two ends
+    raise.
     """
 
-    async def send(self, exporter: Exporter, receivers: Sequence[WeightReceiver]) -> dict[str, Bucket]:
-        """Deliver every tensor to every receiver; {segment and number: bucket} in the order sent."""
+    async def send(self, exporter: Exporter, receivers: Sequence[WeightReceiver]) -> list[Bucket]:
+        """Deliver every tensor to every receiver; the tables of the buckets in the order sent."""
 
     def close(self) -> None:
         """Free what the transport holds."""
@@ -47,9 +46,9 @@ class SharedMemory:
         self._nbytes = int(settings.bucket_megabytes * 2**20)
         self._segments = [shared_memory_folder() / f"fapo-{name}-{slot}" for slot in (0, 1)]
 
-    async def send(self, exporter: Exporter, receivers: Sequence[WeightReceiver]) -> dict[str, Bucket]:
+    async def send(self, exporter: Exporter, receivers: Sequence[WeightReceiver]) -> list[Bucket]:
         """Fill one segment while the receivers read the other."""
-        sent: dict[str, Bucket] = {}
+        sent: list[Bucket] = []
         loading: asyncio.Future[list[None]] | None = None
         await exporter.open_export()
         while True:
@@ -59,13 +58,13 @@ class SharedMemory:
                 await loading
             if bucket is None:
                 return sent
-            sent[f"{len(sent)}"] = bucket
+            sent.append(bucket)
             loading = asyncio.gather(*(receiver.load_bucket(bucket) for receiver in receivers))
 
     def close(self) -> None:
         """Unlink both segments."""
         for segment in self._segments:
-            Path(segment).unlink(missing_ok=True)
+            segment.unlink(missing_ok=True)
 
 
 async def publish(
@@ -74,23 +73,18 @@ async def publish(
     """Bring every receiver to the exporter's present weights as `version`, and prove it.
 
     Each receiver computes a checksum from the parameters that it holds; it must equal the one over the digests of
-    what the exporter sent. Raises WeightsError naming the receiver's place otherwise; its update then stays open,
-    so it answers no request with half-way weights.
+    what the exporter sent. Raises WeightsError naming the receiver otherwise; all updates then stay open, so that
+    no server answers a request with half-way weights.
     """
     await asyncio.gather(*(receiver.begin_update() for receiver in receivers))
-    buckets = (await transport.send(exporter, receivers)).values()
+    buckets = await transport.send(exporter, receivers)
     tensors = [tensor for bucket in buckets for tensor in bucket.tensors]
-    expected = WeightVersion(
-        step=version,
-        checksum=checksum({tensor.name: tensor.digest for tensor in tensors}),
-        tensors=len(tensors),
-        nbytes=sum(bucket.nbytes for bucket in buckets),
-    )
-    held = await asyncio.gather(*(receiver.end_update(version) for receiver in receivers))
-    for place, found in enumerate(held):
-        if found.checksum != expected.checksum or found.step != version:
+    expected = checksum({tensor.name: tensor.digest for tensor in tensors})
+    for place, held in enumerate(await asyncio.gather(*(receiver.checksum() for receiver in receivers))):
+        if held != expected:
             raise WeightsError(
-                f"server {place} holds version {found.step} with checksum {found.checksum}, "
-                f"published was version {version} with {expected.checksum} ({expected.tensors} tensors)"
+                f"server {place} holds weights with checksum {held}, published was {expected}", version=version
             )
-    return expected
+    await asyncio.gather(*(receiver.end_update(version) for receiver in receivers))
+    nbytes = sum(bucket.nbytes for bucket in buckets)
+    return WeightVersion(step=version, checksum=expected, tensors=len(tensors), nbytes=nbytes)

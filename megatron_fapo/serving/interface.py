@@ -6,7 +6,7 @@
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from megatron_fapo.records import Bucket, Generation, GenerationRequest, WeightVersion
+from megatron_fapo.records import Bucket, Generation, GenerationRequest
 
 
 class Generator(Protocol):
@@ -25,5 +25,8 @@ class WeightReceiver(Protocol):
     async def load_bucket(self, bucket: Bucket) -> None:
         """Copy a bucket into the model. The segment may be reused when this returns."""
 
-    async def end_update(self, version: int) -> WeightVersion:
-        """Close the update, continue generation, and say what the server now holds, computed from its own memory."""
+    async def checksum(self) -> str:
+        """`weights.checksum` of the parameters it holds now, computed from its own memory; update open or not."""
+
+    async def end_update(self, version: int) -> None:
+        """Close the update, name what is held `version`, and continue generation."""
