@@ -1,0 +1,76 @@
+"""Settings of a group of generation servers. Light: no torch, no HTTP library."""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_fapo.errors import ConfigError
+from megatron_fapo.settings import Settings
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class ServerSettings(Settings):
+    """One role's servers: what they serve, where they listen, how much they hold."""
+
+    engine: Literal["embedded"] = "embedded"
+    """Which engine answers: `embedded` runs the model inside our own server process."""
+    model: str
+    """Folder of a Hugging Face causal language model (config.json and safetensors)."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but loopback needs `api_key_file`."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port to listen on; 0 lets the system pick a free one. Needs to be 0 when `count` is above 1."""
+    count: Positive = 1
+    """Server processes in the group."""
+    threads: Positive = 1
+    """CPU threads of each server."""
+    max_running: Positive = 256
+    """Samples that one server generates at the same time (SGLang: --max-running-requests)."""
+    context_length: Positive | None = None
+    """Most tokens of prompt and answer together; the model's own limit when null (SGLang: --context-length)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and arithmetic."""
+    deterministic: bool = False
+    """Give the same bytes whatever else is in the batch (SGLang: --enable-deterministic-inference)."""
+    weights_cpu_backup: bool = False
+    """Keep the weights aside while their memory is released, so that resuming needs no update."""
+    api_key_file: str | None = None
+    """File holding the key that clients must send as `Authorization: Bearer KEY`."""
+    start_timeout: Seconds = 120.0
+    """Seconds until a started server must be healthy."""
+    request_timeout: Seconds = 600.0
+    """Seconds that a client waits between two pieces of an answer."""
+    log_folder: str | None = None
+    """Where the servers write their logs; a temporary folder when null."""
+
+    @model_validator(mode="after")
+    def _reachable_only_with_a_key(self) -> Self:
+        if not is_loopback(self.host) and self.api_key_file is None:
+            raise ValueError(f"host {self.host!r} is reachable from other machines: set api_key_file, or host 127.0.0.1")
+        if self.count > 1 and self.port != 0:
+            raise ValueError(f"{self.count} servers cannot share port {self.port}: set port 0")
+        return self
+
+    def api_key(self) -> str | None:
+        """The key, read from its file. Raises ConfigError when the file is missing or empty."""
+        if self.api_key_file is None:
+            return None
+        try:
+            key = Path(self.api_key_file).read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"api_key_file {self.api_key_file}: {error.strerror}") from None
+        if not key:
+            raise ConfigError(f"api_key_file {self.api_key_file}: is empty")
+        return key
