@@ -31,15 +31,15 @@ class ServerSettings(Settings):
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback needs `api_key_file`."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port to listen on; 0 lets the system pick a free one. Needs to be 0 when `count` is above 1."""
+    """Port of the first server, the next ones follow it; 0 lets the system pick free ones."""
     count: Positive = 1
     """Server processes in the group."""
     threads: Positive = 1
     """CPU threads of each server."""
     max_running: Positive = 256
     """Samples that one server generates at the same time (SGLang: --max-running-requests)."""
-    context_length: Positive | None = None
-    """Most tokens of prompt and answer together; the model's own limit when null (SGLang: --context-length)."""
+    context_length: Positive = 4096
+    """Most tokens of prompt and answer together; the model's own limit where that is lower (SGLang: --context-length)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and arithmetic."""
     deterministic: bool = False
@@ -59,8 +59,6 @@ class ServerSettings(Settings):
     def _reachable_only_with_a_key(self) -> Self:
         if not is_loopback(self.host) and self.api_key_file is None:
             raise ValueError(f"host {self.host!r} is reachable from other machines: set api_key_file, or host 127.0.0.1")
-        if self.count > 1 and self.port != 0:
-            raise ValueError(f"{self.count} servers cannot share port {self.port}: set port 0")
         return self
 
     def api_key(self) -> str | None:
