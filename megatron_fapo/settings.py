@@ -5,6 +5,7 @@ field is its only description; the reference page is generated from it.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -33,13 +34,17 @@ def load(tree: type[Tree], path: Path, overrides: Sequence[str] = ()) -> Tree:
 
     Raises ConfigError naming the file, the key, what was wrong and the nearest known key.
     """
-    values = _read(path, seen=())
+    return build(tree, _read(path, seen=()), overrides, name=str(path))
+
+
+def build(tree: type[Tree], values: dict[str, Any], overrides: Sequence[str] = (), name: str = "settings") -> Tree:
+    """Validate `values` with `a.b=value` overrides applied. Raises ConfigError, which begins with `name`."""
     for override in overrides:
         _apply(values, override)
     try:
         return tree.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(tree, error)}") from None
+        raise ConfigError(f"{name}: {explain(tree, error)}") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -114,3 +119,64 @@ def _nearest(tree: type[BaseModel], location: tuple[int | str, ...]) -> str:
 
 def _is_section(candidate: Any) -> bool:
     return isinstance(candidate, type) and issubclass(candidate, BaseModel)
+
+
+def reference(tree: type[Settings]) -> str:
+    """The reference page of a configuration, in Markdown: every key with its type, default and description."""
+    lines = [
+        "# Configuration",
+        "",
+        "Generated from the code by `make docs`. Override any key on the command line as `section.key=value`;",
+        "`inherits: other.yaml` at the top of a file takes another file's values first.",
+    ]
+    lines += _reference(tree, "")
+    return "\n".join(lines) + "\n"
+
+
+def _reference(section: type[BaseModel], prefix: str) -> list[str]:
+    lines: list[str] = []
+    inner: list[tuple[str, type[BaseModel]]] = []
+    rows: list[str] = []
+    for name, field in section.model_fields.items():
+        sections = [part for part in _parts(field.annotation) if _is_section(part)]
+        if len(sections) == 1:
+            inner.append((f"{prefix}{name}", sections[0]))
+        elif sections:
+            inner += [(f"{prefix}{name} ({part.model_fields['name'].default})", part) for part in sections]
+        else:
+            default = "required" if field.is_required() else f"`{_plain(field.default)}`"
+            kind = f"`{_spell(field.annotation)}`{_bounds(field.metadata)}"
+            rows.append(f"| `{name}` | {kind} | {default} | {(field.description or '').replace(chr(10), ' ')} |")
+    if rows:
+        about = " ".join((section.__doc__ or "").split())
+        lines += ["", f"## {prefix.removesuffix('.')}", "", about, "", "| key | type | default | what it does |"]
+        lines += ["|---|---|---|---|", *rows]
+    for title, part in inner:
+        lines += _reference(part, f"{title}.")
+    return lines
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The alternatives of a union, nested ones and annotated ones too."""
+    arguments = [part for part in getattr(annotation, "__args__", ()) if part is not type(None)]
+    return [leaf for part in arguments for leaf in _parts(part)] if arguments else [annotation]
+
+
+def _spell(annotation: Any) -> str:
+    """A type as a reader would write it."""
+    if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
+        return annotation.__name__
+    text = str(annotation).replace("typing.", "").replace("pathlib.", "").replace("NoneType", "null")
+    return re.sub(r"Annotated\[(\w+), .*?\)\]\)\]|Annotated\[(\w+), .*?\)\]", r"\1\2", text).replace("None", "null")
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    found = [
+        f"{sign} {getattr(bound, key)}" for bound in metadata for key, sign in signs.items() if hasattr(bound, key)
+    ]
+    return f" {', '.join(found)}" if found else ""
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

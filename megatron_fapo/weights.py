@@ -38,10 +38,10 @@ def shared_memory_folder() -> Path:
 class Segment:
     """A file of fixed size mapped into memory, readable by this user only. Who creates it removes it."""
 
-    def __init__(self, path: Path, nbytes: int) -> None:
-        self.path = path
+    def __init__(self, path: Path | str, nbytes: int) -> None:
+        self.path = Path(path)
         self.nbytes = nbytes
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        descriptor = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             os.ftruncate(descriptor, nbytes)
             self._map = mmap.mmap(descriptor, nbytes)

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 
 from megatron_fapo.critique.paragraphs import split
@@ -19,10 +19,10 @@ from megatron_fapo.trace import Clock
 class ChatCodec(Protocol):
     """The judge model's tokenizer."""
 
-    stop_token_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]
 
-    def encode_chat(self, messages: tuple[Message, ...]) -> Ints:
-        """Token ids of a chat under the template, generation prompt included."""
+    def encode_chat(self, messages: Sequence[Message]) -> Ints:
+        """[T] ids of a chat under the template, generation prompt included."""
 
     def decode(self, token_ids: Ints) -> str:
         """Text without special tokens."""
@@ -58,11 +58,11 @@ class Asker:
     async def _attempt_until_usable(
         self, prompt: Prompt, solution: str, name: str, attempts: "_Attempts"
     ) -> Verdict | NotJudged:
-        paragraphs = len(split(solution))
+        count = len(split(solution))
         tokens = self._tokenizer.encode_chat(judge_prompt(prompt.question, prompt.reference_answer, solution))
-        why = "empty solution" if paragraphs == 0 else ""
+        why = "empty solution" if count == 0 else ""
         for attempt in range(self._settings.retries + 1):
-            if paragraphs == 0:
+            if count == 0:
                 break
             try:
                 texts = await self._generate(prompt, solution, name, tokens, attempt, attempts)
@@ -72,7 +72,7 @@ class Asker:
             except ServerError as error:
                 why = f"server: {error}"
                 continue
-            verdict, why = _count(texts, paragraphs, attempts.tokens)
+            verdict, why = _count(texts, count, attempts.tokens)
             if verdict is not None:
                 return verdict
             if self._settings.temperature == 0.0:
@@ -92,7 +92,7 @@ class Asker:
                 temperature=self._settings.temperature,
                 top_p=self._settings.top_p,
                 max_new_tokens=self._settings.max_new_tokens,
-                stop_token_ids=self._tokenizer.stop_token_ids,
+                stop_token_ids=self._tokenizer.eos_ids,
             ),
         )
         texts = []
@@ -112,7 +112,7 @@ class _Attempts:
     tokens = 0
 
 
-def _count(texts: list[tuple[str, bool]], paragraphs: int, tokens: int) -> tuple[Verdict | None, str]:
+def _count(texts: list[tuple[str, bool]], count: int, tokens: int) -> tuple[Verdict | None, str]:
     """The majority's verdict, or (None, why) when fewer than half of the votes are usable.
 
     Flagged or not is decided by majority, a tie counts as flagged; the index is the most frequent one among the
@@ -121,7 +121,7 @@ def _count(texts: list[tuple[str, bool]], paragraphs: int, tokens: int) -> tuple
     votes: list[tuple[int, str]] = []
     problems = []
     for text, complete in texts:
-        parsed = parse_verdict(text, paragraphs) if complete else "cut"
+        parsed = parse_verdict(text, count) if complete else "cut"
         if isinstance(parsed, int):
             votes.append((parsed, text))
         else:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_fapo.algorithm.advantages import needs_verdict
-from megatron_fapo.algorithm.rewards import shaped
+from megatron_fapo.algorithm.rewards import shaped, usable
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.errors import JudgeError
 from megatron_fapo.judge.ask import Asker
@@ -80,7 +80,10 @@ class GroupJudge:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _start(self) -> None:
-        right = {rollout.text: rollout for rollout, outcome in reversed(self._landed) if outcome.right}
+        right: dict[str, Rollout] = {}
+        for rollout, outcome in self._landed:
+            if outcome.right:
+                right.setdefault(rollout.text, rollout)
         if self.rules.matters(len(right), [len(rollout.token_ids) for rollout, _ in self._landed]):
             for text, rollout in right.items():
                 if text not in self._asked:
@@ -136,7 +139,7 @@ class Judge:
         return NoJudge(prompt) if self._asker is None else GroupJudge(self._asker, self._rules, prompt)
 
     def check(self, groups: Sequence[Group]) -> None:
-        """Raise JudgeError when too many of a step's verdicts failed to trust the run."""
+        """Raise JudgeError when too many of a step's verdicts failed to trust the run, or none is left to train on."""
         verdicts = [judged.verdict for group in groups for judged in group]
         failed = [v for v in verdicts if isinstance(v, NotJudged) and v.reason == "failed"]
         asked = len(failed) + sum(isinstance(v, Verdict) for v in verdicts)
@@ -145,3 +148,5 @@ class Judge:
                 f"{len(failed)} of {asked} verdicts failed, more than judge.max_failed_share = "
                 f"{self._rules.judge.max_failed_share}; the last one: {failed[-1].why}. Look at the judge server's log"
             )
+        if not any(usable(group, self._rules.algorithm.reward) for group in groups):
+            raise JudgeError(f"every group has a failed verdict and is dropped; the last one: {failed[-1].why}")

@@ -118,7 +118,7 @@ class Sampler:
                 temperature=self._settings.temperature,
                 top_p=self._settings.top_p,
                 max_new_tokens=self._settings.max_new_tokens,
-                stop_token_ids=self._tokenizer.stop_token_ids,
+                stop_token_ids=self._tokenizer.eos_ids,
             ),
         )
 

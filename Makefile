@@ -1,0 +1,60 @@
+# make help lists the targets. Everything lives in .venv; nothing is installed outside of this folder.
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart results test test-all test-gpu check lint format types layers docs warm-start clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## make the virtual environment
+
+$(VENV)/.installed: pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), "Python 3.11 or 3.12 is needed: make PYTHON=python3.11"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+quickstart: install ## FAPO and plain GRPO on the clock world, then runs/quickstart/report.html
+	$(BIN)/python examples/clock/quickstart.py
+
+results: install ## three seeds an arm, the numbers of docs/results.md
+	$(BIN)/python examples/clock/quickstart.py --out runs/results --seeds 1 2 3
+
+test: install check ## lint, types, layers and the tests (minutes)
+	$(PYTEST) -m "not long and not gpu"
+
+test-all: test ## the long tests as well
+	$(PYTEST) -m "long and not gpu"
+
+test-gpu: install ## tests that need a CUDA device
+	$(PYTEST) -m gpu
+
+check: lint types layers ## what needs no test run
+
+lint: install ## ruff: style, sizes, banned imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install ## mypy, strict, the whole package
+	$(BIN)/mypy
+
+layers: install ## import-linter: imports go downwards only
+	$(BIN)/lint-imports
+
+docs: install ## write the generated pages (docs/config.md, docs/metrics.md)
+	$(BIN)/python tools/write_docs.py
+
+warm-start: install ## train the demo's policy and judge again from configs/clock
+	$(BIN)/python tools/warm_start.py
+
+clean: ## remove the environment and all runs
+	rm -rf $(VENV) runs build *.egg-info

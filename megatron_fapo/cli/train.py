@@ -1,0 +1,65 @@
+"""`fapo train`: run the loop."""
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_fapo.cli.arguments import ConfigPath, Overrides
+from megatron_fapo.config import Config, check_surroundings, dump_config, read_config
+from megatron_fapo.errors import ConfigError, ResumeError
+from megatron_fapo.records import RunState
+from megatron_fapo.run.folder import RunFolder
+
+EXAMPLE = "Example: fapo train configs/clock/fapo.yaml train.steps=20 --run runs/first"
+
+
+def command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/CONFIG-sSEED]")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the configuration and its surroundings, then stop.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
+) -> None:
+    """Train a policy. SIGTERM or Ctrl-C saves a checkpoint and ends the run cleanly."""
+    settings = read_config(config, overrides or ())
+    check_surroundings(settings)
+    folder = RunFolder(run or Path("runs") / f"{config.stem}-s{settings.train.seed}")
+    if check:
+        typer.echo(
+            f"{config}: {settings.policy.parallel.world} training rank(s), run folder {folder.path}: all checks passed"
+        )
+        return
+    if folder.started() and not resume:
+        raise ConfigError(f"{folder.path} holds a run already: add --resume to go on, or choose another with --run")
+    if resume and not folder.started():
+        raise ResumeError(f"{folder.path}: no run was started here, so there is nothing to resume")
+    asyncio.run(run_training(settings, folder, resume=resume))
+
+
+async def run_training(config: Config, folder: RunFolder, *, resume: bool) -> RunState:
+    """One run from start (or its newest checkpoint) to its end; returns where it ended."""
+    from megatron_fapo.cluster.cluster import open_cluster
+    from megatron_fapo.observe.sinks import open_sinks
+    from megatron_fapo.train import train
+
+    folder.create()
+    newest = folder.newest_checkpoint() if resume else None
+    state = newest[1] if newest else RunState(step=0, cursor=0)
+    folder.config.write_text(dump_config(config))
+    with open_sinks(
+        config.observe, folder.path, config=config.model_dump(mode="json"), resume_step=state.step
+    ) as sinks:
+        async with open_cluster(config, folder, sinks.progress) as cluster:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, cluster.stop.set)
+            if newest:
+                await cluster.policy.load(newest[0])
+            state = await train(config, cluster, state, sinks)
+            if state.step == config.train.steps and config.checkpoint.export_hf:
+                await cluster.policy.save_hf(folder.model)
+    return state

@@ -1,0 +1,181 @@
+"""The assembled configuration, and the checks that need more than one section. Light: no torch, no Ray."""
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field, model_validator
+
+from megatron_fapo.algorithm.settings import AlgorithmSettings
+from megatron_fapo.batch.settings import BatchSettings
+from megatron_fapo.errors import ConfigError
+from megatron_fapo.judge.settings import JudgeSettings
+from megatron_fapo.observe.settings import ObserveSettings
+from megatron_fapo.policy.settings import PolicySettings
+from megatron_fapo.publish.settings import PublishSettings
+from megatron_fapo.records import Role
+from megatron_fapo.rollout.settings import EvaluationSettings, RolloutSettings
+from megatron_fapo.run.settings import CheckpointSettings
+from megatron_fapo.serving.settings import ServerSettings
+from megatron_fapo.settings import Settings, load
+from megatron_fapo.tasks.settings import ClockSettings, TaskSettings
+
+
+class TrainSettings(Settings):
+    """The run as a whole."""
+
+    arm: str = "fapo"
+    """Name of the method in reports: runs of one arm and different seeds are averaged."""
+    steps: Annotated[int, Field(gt=0)] = 200
+    """Steps of the run."""
+    seed: int = 1
+    """Seeds prompts, rollouts, batch order and initial states; every rollout's seed follows from it and its id."""
+    deterministic: bool = False
+    """Results independent of arrival and batch composition (CPU): two runs give the same metrics to the last digit."""
+
+
+class ServersSettings(Settings):
+    """Generation servers by role."""
+
+    policy: ServerSettings
+    """Servers that draw the rollouts."""
+    judge: ServerSettings | None = None
+    """Servers of the GenRM; needed while judge.enabled."""
+
+
+class ClusterSettings(Settings):
+    """Training ranks and Ray."""
+
+    ranks: Annotated[int, Field(gt=0)] | None = None
+    """Training ranks; must be the product of the sizes in policy.parallel. Null takes that product."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster; null starts one on this machine for the run."""
+    setup_deadline: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds for all ranks to load the model."""
+    phase_deadline: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds for one update, export or checkpoint of all ranks; past it the run stops and names the silent ranks."""
+
+
+class Config(Settings):
+    """Everything that a run is made of."""
+
+    train: TrainSettings = TrainSettings()
+    """The run as a whole."""
+    task: TaskSettings = ClockSettings()
+    """What is asked and when an answer is right."""
+    rollout: RolloutSettings = RolloutSettings()
+    """How many rollouts a step has and how they are drawn."""
+    judge: JudgeSettings = JudgeSettings()
+    """Which verdicts are asked, and what happens when they do not come."""
+    algorithm: AlgorithmSettings = AlgorithmSettings()
+    """Reward, advantage and loss."""
+    batch: BatchSettings = BatchSettings()
+    """How rollouts become updates and microbatches."""
+    policy: PolicySettings
+    """The trained model."""
+    servers: ServersSettings
+    """Generation servers by role."""
+    publish: PublishSettings = PublishSettings()
+    """How new weights reach the servers."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Held-out evaluation."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """When checkpoints are written and how many stay."""
+    observe: ObserveSettings = ObserveSettings()
+    """What is shown and recorded."""
+    cluster: ClusterSettings = ClusterSettings()
+    """Training ranks and Ray."""
+
+    def server(self, role: Role) -> ServerSettings:
+        """The servers of a role, deterministic when the run is."""
+        settings = {"policy": self.servers.policy, "judge": self.servers.judge}.get(role)
+        if settings is None:
+            raise ConfigError(f"servers.{role} is missing")
+        return settings.changed(deterministic=self.train.deterministic or settings.deterministic)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        for problem in (self._layout_problem(), *self._server_problems(), self._batch_problem()):
+            if problem:
+                raise ValueError(problem)
+        return self
+
+    def _layout_problem(self) -> str:
+        parallel, ranks = self.policy.parallel, self.cluster.ranks
+        if ranks is not None and ranks != parallel.world:
+            return (
+                f"cluster.ranks = {ranks}, but policy.parallel asks for tensor {parallel.tensor} × "
+                f"pipeline {parallel.pipeline} × data {parallel.data} = {parallel.world} ranks"
+            )
+        return ""
+
+    def _batch_problem(self) -> str:
+        rollout = self.rollout
+        if rollout.group_size < 2:
+            return "rollout.group_size = 1: a group advantage needs at least 2 rollouts a prompt"
+        if rollout.prompts_per_step < self.batch.updates or rollout.prompts_per_step % self.batch.updates:
+            return (
+                f"rollout.prompts_per_step = {rollout.prompts_per_step} is not a multiple of "
+                f"batch.updates = {self.batch.updates}: each update takes equally many prompts"
+            )
+        return ""
+
+    def _server_problems(self) -> list[str]:
+        rollout, judge, problems = self.rollout, self.judge, []
+        needed = rollout.max_prompt_tokens + rollout.max_new_tokens
+        if self.servers.policy.context_length < needed:
+            problems.append(
+                f"servers.policy.context_length = {self.servers.policy.context_length} is less than "
+                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {needed}"
+            )
+        if judge.enabled and self.servers.judge is None:
+            problems.append("judge.enabled needs servers.judge (its model); or set judge.enabled=false")
+        if judge.enabled and self.servers.judge and self.servers.judge.context_length <= judge.max_new_tokens:
+            problems.append(
+                f"servers.judge.context_length = {self.servers.judge.context_length} leaves no room for a prompt "
+                f"beside judge.max_new_tokens = {judge.max_new_tokens}"
+            )
+        if judge.votes > 1 and judge.temperature == 0.0:
+            problems.append("judge.votes > 1 needs judge.temperature > 0: greedy votes are all the same")
+        return problems
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file with `section.key=value` overrides. Raises ConfigError."""
+    return load(Config, path, overrides)
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML, defaults included; reading it gives the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def check_surroundings(config: Config) -> None:
+    """What must hold on this machine before anything starts: models exist, fixed ports are free.
+
+    Raises ConfigError.
+    """
+    models = {"policy.model": config.policy.model, "servers.policy.model": config.servers.policy.model}
+    if config.judge.enabled and config.servers.judge is not None:
+        models["servers.judge.model"] = config.servers.judge.model
+    for key, folder in models.items():
+        if not (Path(folder) / "config.json").is_file():
+            raise ConfigError(f"{key} = {folder}: no Hugging Face model there (config.json is missing)")
+    servers = {"policy": config.servers.policy, "judge": config.servers.judge}
+    for role, server in servers.items():
+        for offset in range(server.count if server is not None and server.port else 0):
+            assert server is not None
+            _check_port(f"servers.{role}.port", server.host, server.port + offset)
+
+
+def _check_port(key: str, host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{key}: port {port} on {host} cannot be had ({error.strerror}); 0 picks a free one"
+            ) from None

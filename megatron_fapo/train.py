@@ -1,0 +1,63 @@
+"""The loop, on one page.
+
+The weights are published; prompts become groups of rollouts; right answers get a verdict; outcomes and verdicts
+become rewards, rewards become advantages; the batch makes Megatron's updates.
+"""
+
+from megatron_fapo.algorithm.advantages import token_advantages
+from megatron_fapo.algorithm.rewards import rewards, usable
+from megatron_fapo.batch.pack import make_batch
+from megatron_fapo.cluster.cluster import Cluster
+from megatron_fapo.config import Config
+from megatron_fapo.evaluate import evaluate
+from megatron_fapo.observe.sinks import Sinks
+from megatron_fapo.records import RunState, WeightVersion
+from megatron_fapo.trace import Spans, SystemClock
+
+
+async def train(config: Config, cluster: Cluster, state: RunState, sinks: Sinks) -> RunState:
+    """Train from `state` to the last step, or until the run is asked to stop; returns where it ended.
+
+    Waits for the servers (GENERATE, while the judge works beside it) and the ranks (TRAIN); is unblocked early by
+    `cluster.stop`, which ends generation at once and an update after it is done. A checkpoint is written then too.
+    """
+    algorithm = config.algorithm
+    saved = state.step
+    while state.step < config.train.steps and not cluster.stop.is_set():
+        spans = Spans(SystemClock())
+        weights = await publish_and_evaluate(config, cluster, state.step, sinks, spans)
+        with sinks.phase("generate", spans):
+            groups = await cluster.until_stopped(cluster.sampler.collect(state.step, state.cursor))
+        if groups is None:
+            break
+        trained = [group for group in groups if usable(group, algorithm.reward)]
+        given = [rewards(group, algorithm.reward, max_tokens=config.rollout.max_new_tokens) for group in trained]
+        advantages = [
+            token_advantages(reward, [len(judged.rollout.token_ids) for judged in group], algorithm.advantage)
+            for group, reward in zip(trained, given, strict=True)
+        ]
+        with sinks.phase("update", spans):
+            batch = make_batch(trained, advantages, cluster.policy.layout, config.batch, state.step, config.train.seed)
+            report = await cluster.policy.update(batch, algorithm.loss)
+        sinks.write(state.step, groups, trained, given, advantages, report, weights, spans)
+        state = state.after(prompts=len(groups))
+        if config.checkpoint.due(state.step):
+            saved = await cluster.save(state)
+    if state.step == config.train.steps:
+        await publish_and_evaluate(config, cluster, state.step, sinks, Spans(SystemClock()))
+    if saved != state.step:
+        await cluster.save(state)
+    return state
+
+
+async def publish_and_evaluate(
+    config: Config, cluster: Cluster, step: int, sinks: Sinks, spans: Spans
+) -> WeightVersion:
+    """The weights after `step` steps to the servers; then, when due, the held-out evaluation of exactly these."""
+    with sinks.phase("publish", spans):
+        weights = await cluster.publish(step)
+    if config.evaluation.due(step):
+        with sinks.phase("evaluate", spans):
+            held_out = cluster.task.held_out(config.evaluation.prompts)
+            sinks.write_evaluation(step, await evaluate(cluster.evaluator, held_out, step))
+    return weights

@@ -1,0 +1,92 @@
+"""An event loop whose time jumps to the next timer, and servers that live in it.
+
+The servers are models: they take virtual seconds to answer and can fail on purpose. Sampler and judge are the real
+ones.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from megatron_fapo.records import Generation, GenerationRequest, Message, VersionSpan, floats, ints
+
+T = TypeVar("T")
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Runs callbacks as ever, but never sleeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._virtual = 0.0
+
+    def time(self) -> float:
+        return self._virtual
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:
+            self._virtual = max(self._virtual, self._scheduled[0]._when)
+        super()._run_once()
+
+
+class LoopClock:
+    """The running loop's time, as sampler and judge see it."""
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+def run_virtual(work: Coroutine[Any, Any, T]) -> T:
+    """Run to the end in virtual time."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(work)
+
+
+class Words:
+    """A codec in which token i is character i, so that a test can read what was sent."""
+
+    eos_ids = (0,)
+
+    def encode_chat(self, messages: tuple[Message, ...]) -> Any:
+        return ints([ord(character) for message in messages for character in message.content])
+
+    def decode(self, token_ids: Any) -> str:
+        return "".join(chr(token) for token in token_ids if token)
+
+
+@dataclass
+class ModelledServer:
+    """Answers with `answer(request, index)` -> (text, virtual seconds); records when each request came and went."""
+
+    answer: Callable[[GenerationRequest, int], tuple[str, float]]
+    log: list[tuple[float, str, str]] = field(default_factory=list)
+    failures: list[Exception] = field(default_factory=list)
+    """Raised by the next requests, one each."""
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Generation]:
+        clock = LoopClock()
+        self.log.append((clock.now(), "asked", request.ids[0]))
+        if self.failures:
+            raise self.failures.pop(0)
+        pending: list[Awaitable[Generation]] = [
+            asyncio.ensure_future(self._one(request, index, clock)) for index in range(len(request.ids))
+        ]
+        for finished in asyncio.as_completed(pending):
+            yield await finished
+        self.log.append((clock.now(), "answered", request.ids[0]))
+
+    async def _one(self, request: GenerationRequest, index: int, clock: LoopClock) -> Generation:
+        text, seconds = self.answer(request, index)
+        await clock.sleep(seconds)
+        tokens = [*map(ord, text), 0]
+        return Generation(
+            id=request.ids[index],
+            token_ids=ints(tokens),
+            logprobs=floats([-1.0] * len(tokens)),
+            versions=(VersionSpan(start=0, version=0),),
+            finish_reason="stop",
+        )
