@@ -34,7 +34,7 @@ def paragraph_spans(solution: str) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def paragraphs(solution: str) -> tuple[str, ...]:
+def split(solution: str) -> tuple[str, ...]:
     """The paragraphs themselves; index i here is index i of a verdict."""
     return tuple(solution[start:end] for start, end in paragraph_spans(solution))
 
@@ -51,7 +51,7 @@ def token_spans(token_ids: Ints, decode: Callable[[Ints], str], spans: Iterable[
     def decoded(count: int) -> int:
         # A prefix that ends inside a character decodes to replacement characters there: only what the whole
         # text confirms counts.
-        return len(commonprefix([decode(token_ids[:count]), whole]))
+        return len(commonprefix([decode(token_ids[:count]), whole]))  # noqa: RUF071 - characters, no paths
 
     counts = np.arange(len(token_ids) + 1)
 

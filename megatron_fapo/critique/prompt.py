@@ -1,6 +1,6 @@
 """The judge's prompt. One function makes it for training, for serving and for the benches, byte for byte the same."""
 
-from megatron_fapo.critique.paragraphs import SEPARATOR, paragraphs
+from megatron_fapo.critique.paragraphs import SEPARATOR, split
 from megatron_fapo.records import Message
 
 OPENING = (
@@ -29,6 +29,6 @@ def tag_close(index: int) -> str:
 
 def judge_prompt(question: str, reference_answer: str, solution: str) -> tuple[Message, ...]:
     """The chat that asks for the first wrong paragraph of `solution`: the format of the FAPO-Critic data."""
-    tagged = SEPARATOR.join(tag_open(i) + text + tag_close(i) for i, text in enumerate(paragraphs(solution)))
+    tagged = SEPARATOR.join(tag_open(i) + text + tag_close(i) for i, text in enumerate(split(solution)))
     content = OPENING + question + ANSWER + reference_answer + SOLUTION + tagged + CLOSING
     return (Message(role="user", content=content),)

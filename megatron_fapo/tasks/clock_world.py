@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from megatron_fapo.critique.paragraphs import SEPARATOR, paragraphs
+from megatron_fapo.critique.paragraphs import SEPARATOR, split
 from megatron_fapo.errors import TaskError
 from megatron_fapo.tasks.settings import ClockSettings
 
@@ -105,8 +105,8 @@ def first_wrong(problem: Problem, solution: str) -> int:
     Where a step is left out, that is the paragraph in its place; a solution that breaks off is wrong at its last
     paragraph.
     """
-    found = paragraphs(solution)
-    expected = paragraphs(write(problem.steps, problem.reference_answer))
+    found = split(solution)
+    expected = split(write(problem.steps, problem.reference_answer))
     for index, (is_there, should_be) in enumerate(zip(found, expected, strict=False)):
         if is_there != should_be:
             return index

@@ -56,6 +56,8 @@ class MathSettings(Settings):
     """Rows taken off the training problems when `held_out` is null."""
     check_seconds: Annotated[float, Field(gt=0)] = 10.0
     """Deadline of one comparison; past it the checker process is replaced and the answer counts as wrong."""
+    check_workers: Annotated[int, Field(ge=1)] = 2
+    """Checker processes; each compares one answer at a time."""
 
 
 class CritiqueSettings(Settings):

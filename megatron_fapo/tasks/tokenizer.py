@@ -45,7 +45,9 @@ class ChatTokenizer:
         tokenizer.no_truncation()
         config = _json(folder / "tokenizer_config.json")
         special = {
-            key: text for key, value in config.items() if key.endswith("_token") and (text := _content(value)) is not None
+            key: text
+            for key, value in config.items()
+            if key.endswith("_token") and (text := _content(value)) is not None
         }
         generation = folder / "generation_config.json"
         named = _json(generation).get("eos_token_id") if generation.is_file() else None
