@@ -115,6 +115,8 @@ class Config(Settings):
         rollout = self.rollout
         if rollout.group_size < 2:
             return "rollout.group_size = 1: a group advantage needs at least 2 rollouts a prompt"
+        if rollout.temperature == 0.0:
+            return "rollout.temperature = 0: greedy rollouts of a prompt are all the same; training needs more than 0"
         if rollout.prompts_per_step < self.batch.updates or rollout.prompts_per_step % self.batch.updates:
             return (
                 f"rollout.prompts_per_step = {rollout.prompts_per_step} is not a multiple of "
@@ -157,7 +159,7 @@ def check_surroundings(config: Config) -> None:
 
     Raises ConfigError.
     """
-    models = {"policy.model": config.policy.model, "servers.policy.model": config.servers.policy.model}
+    models: dict[str, Path | str] = {"policy.model": config.policy.model, "servers.policy.model": config.servers.policy.model}
     if config.judge.enabled and config.servers.judge is not None:
         models["servers.judge.model"] = config.servers.judge.model
     for key, folder in models.items():

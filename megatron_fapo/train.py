@@ -37,7 +37,7 @@ async def train(config: Config, cluster: Cluster, state: RunState, sinks: Sinks)
             for group, reward in zip(trained, given, strict=True)
         ]
         with sinks.phase("update", spans):
-            batch = make_batch(trained, advantages, cluster.policy.layout, config.batch, state.step, config.train.seed)
+            batch = make_batch(trained, advantages, cluster.policy.layout, config.batch, config.train.seed)
             report = await cluster.policy.update(batch, algorithm.loss)
         sinks.write(state.step, groups, trained, given, advantages, report, weights, spans)
         state = state.after(prompts=len(groups))

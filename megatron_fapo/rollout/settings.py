@@ -14,8 +14,8 @@ class RolloutSettings(Settings):
     """Prompts a step."""
     group_size: Annotated[int, Field(ge=1)] = 8
     """Rollouts a prompt; training needs at least 2."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Sampling temperature; the policy scores tokens at the same one."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature; the policy scores tokens at the same one, so training needs more than 0."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus of the policy's sampling."""
     max_prompt_tokens: Annotated[int, Field(gt=0)] = 2048

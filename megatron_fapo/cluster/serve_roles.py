@@ -1,0 +1,87 @@
+"""What generates and checks, without training: servers by role, the task, and samplers over them.
+
+`fapo eval` stands on this alone; a run adds the training ranks.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from megatron_fapo.config import Config
+from megatron_fapo.judge.ask import Asker
+from megatron_fapo.judge.judge import Judge, Rules
+from megatron_fapo.judge.settings import JudgeSettings
+from megatron_fapo.records import Role
+from megatron_fapo.rollout.sampler import Sampler
+from megatron_fapo.rollout.settings import RolloutSettings
+from megatron_fapo.serving.client import ServerGroup
+from megatron_fapo.serving.launcher import launch
+from megatron_fapo.tasks.interface import Task
+from megatron_fapo.tasks.registry import open_task as task_from
+from megatron_fapo.tasks.tokenizer import ChatTokenizer
+from megatron_fapo.trace import SystemClock
+
+
+@asynccontextmanager
+async def open_servers(config: Config, logs: Path) -> AsyncIterator[dict[Role, ServerGroup]]:
+    """Start the servers of all roles that the run needs, side by side; stop them at the end."""
+    roles: list[Role] = ["policy", "judge"] if config.judge.enabled else ["policy"]
+    async with AsyncExitStack() as stack:
+        groups = await asyncio.gather(
+            *(stack.enter_async_context(launch(config.server(role), role, logs)) for role in roles)
+        )
+        yield dict(zip(roles, groups, strict=True))
+
+
+@asynccontextmanager
+async def open_task(config: Config) -> AsyncIterator[Task]:
+    """The run's task, with the policy's tokenizer; its checker is closed at the end."""
+    task = task_from(config.task, ChatTokenizer.load(Path(config.servers.policy.model)), config.train.seed)
+    try:
+        yield task
+    finally:
+        await task.close()
+
+
+def make_sampler(
+    config: Config, task: Task, servers: Mapping[Role, ServerGroup], progress: Callable[[int], None]
+) -> Sampler:
+    """The sampler of training."""
+    return _sampler(config, config.rollout, config.judge, task, servers, progress)
+
+
+def make_evaluator(config: Config, task: Task, servers: Mapping[Role, ServerGroup]) -> Sampler:
+    """The sampler of held-out evaluation: its temperature and group size, and a judge that skips nothing."""
+    evaluation = config.evaluation
+    rollout = config.rollout.changed(
+        group_size=evaluation.samples, temperature=evaluation.temperature, top_p=evaluation.top_p
+    )
+    judge = config.judge.changed(skip=False, probe_share=0.0)
+    return _sampler(config, rollout, judge, task, servers, lambda rollouts: None)
+
+
+def _sampler(
+    config: Config,
+    rollout: RolloutSettings,
+    judge: JudgeSettings,
+    task: Task,
+    servers: Mapping[Role, ServerGroup],
+    progress: Callable[[int], None],
+) -> Sampler:
+    asker = None
+    if "judge" in servers:
+        tokenizer = ChatTokenizer.load(Path(config.server("judge").model))
+        asker = Asker(servers["judge"], tokenizer, judge, SystemClock(), config.train.seed)
+    rules = Rules(
+        judge=judge, algorithm=config.algorithm, group_size=rollout.group_size, max_tokens=rollout.max_new_tokens
+    )
+    return Sampler(
+        task=task,
+        servers=servers["policy"],
+        judge=Judge(asker, rules),
+        tokenizer=ChatTokenizer.load(Path(config.server("policy").model)),
+        settings=rollout,
+        seed=config.train.seed,
+        progress=progress,
+    )

@@ -1,0 +1,107 @@
+"""YAML, overrides and cross-checks: what is refused, and what the message says."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_fapo.config import Config, check_surroundings, dump_config, read_config
+from megatron_fapo.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+CLOCK = ROOT / "configs/clock/fapo.yaml"
+
+
+def shipped() -> list[Path]:
+    return sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "train" in yaml.safe_load(p.read_text()))
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_config_loads_and_survives_a_round_trip(path, tmp_path):
+    config = read_config(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    assert read_config(copy) == config
+
+
+def test_overrides_reach_any_key_and_win():
+    config = read_config(CLOCK, ["train.steps=7", "algorithm.reward.flaw_penalty=1.5", "algorithm.reward.overlong={buffer: 8}"])
+    assert config.train.steps == 7
+    assert config.algorithm.reward.flaw_penalty == 1.5
+    assert config.algorithm.reward.overlong.buffer == 8
+
+
+def test_inherits_takes_the_other_file_first(tmp_path):
+    (tmp_path / "child.yaml").write_text(f"inherits: {CLOCK}\ntrain:\n  arm: child\n")
+    child, parent = read_config(tmp_path / "child.yaml"), read_config(CLOCK)
+    assert child.train == parent.train.changed(arm="child")
+    assert child.rollout == parent.rollout
+    (tmp_path / "loop.yaml").write_text("inherits: loop.yaml\n")
+    with pytest.raises(ConfigError, match="inherits from itself"):
+        read_config(tmp_path / "loop.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rolout.group_size=4", "unknown key 'rolout', did you mean 'rollout'"),
+        ("rollout.groupsize=4", "unknown key 'rollout.groupsize', did you mean 'group_size'"),
+        ("algorithm.reward.overlong={bufer: 4}", "did you mean 'buffer'"),
+        ("rollout.group_size=many", "rollout.group_size: .*integer.*'many'"),
+        ("rollout.group_size=1", "group_size = 1: a group advantage needs at least 2"),
+        ("train.steps", "write it as section.key=value"),
+        ("train.steps.more=1", "'steps' is a value, not a section"),
+        ("cluster.ranks=3", "cluster.ranks = 3, but policy.parallel asks for tensor 1 × pipeline 1 × data 1 = 1"),
+        ("batch.updates=5", "prompts_per_step = 32 is not a multiple of batch.updates = 5"),
+        ("rollout.max_new_tokens=127", r"context_length = 128 is less than .* = 159"),
+        ("servers.judge=null", "judge.enabled needs servers.judge"),
+        ("judge.max_new_tokens=256", "leaves no room for a prompt"),
+        ("judge.votes=3", "judge.votes > 1 needs judge.temperature > 0"),
+        ("servers.policy.host=0.0.0.0", "set api_key_file"),
+        ("task.name=chess", "task"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_what_to_do(override, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config(CLOCK, [override])
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        read_config(tmp_path / "none.yaml")
+    for text, message in (("train: [", "not YAML"), ("- 1", "must be a mapping")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_config(tmp_path / "bad.yaml")
+
+
+def test_surroundings_are_checked_before_anything_starts(tmp_path, monkeypatch):
+    import socket
+
+    monkeypatch.chdir(ROOT)
+    check_surroundings(read_config(CLOCK))
+    with pytest.raises(ConfigError, match=r"policy\.model = nowhere: no Hugging Face model there"):
+        check_surroundings(read_config(CLOCK, ["policy.model=nowhere"]))
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"servers.judge.port: port {port}"):
+            check_surroundings(read_config(CLOCK, [f"servers.judge.port={port}"]))
+
+
+def test_deterministic_runs_have_deterministic_servers():
+    config = read_config(CLOCK, ["train.deterministic=true"])
+    assert config.server("policy").deterministic
+    assert config.server("judge").deterministic
+    assert not read_config(CLOCK).server("policy").deterministic
+
+
+def test_the_reference_page_describes_every_key():
+    from megatron_fapo.settings import reference
+
+    page = reference(Config)
+    for key in ("flaw_penalty", "prompts_per_step", "context_length", "tokens_per_microbatch", "slip"):
+        assert f"| `{key}` |" in page
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert all(line.split(" | ")[-1].strip(" |") for line in rows), "a key has no description"
