@@ -58,7 +58,9 @@ class ServerSettings(Settings):
     @model_validator(mode="after")
     def _reachable_only_with_a_key(self) -> Self:
         if not is_loopback(self.host) and self.api_key_file is None:
-            raise ValueError(f"host {self.host!r} is reachable from other machines: set api_key_file, or host 127.0.0.1")
+            raise ValueError(
+                f"host {self.host!r} is reachable from other machines: set api_key_file, or host 127.0.0.1"
+            )
         return self
 
     def api_key(self) -> str | None:

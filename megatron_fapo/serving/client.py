@@ -1,0 +1,364 @@
+"""One asynchronous client for the embedded engine and for SGLang; no torch.
+
+Foreign errors (connection, status, JSON) become `ServerUnreachable`, `RequestRejected` or `ServerError` in one
+place, `ServerClient._exchange`, with the URL and the request id.
+"""
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any, Literal
+
+import aiohttp
+import numpy as np
+
+from megatron_fapo.errors import RequestRejected, ServerError, ServerUnreachable
+from megatron_fapo.records import Bucket, Generation, GenerationRequest, VersionSpan, floats, ints
+
+Json = dict[str, Any]
+PauseMode = Literal["in_place", "retract", "abort"]
+
+NO_VERSION = -1
+"""Version of tokens drawn with weights that no update named by a number, such as those loaded at the start."""
+
+
+class ServerClient:
+    """A generation server at a URL. Implements `Generator` and `WeightReceiver`.
+
+    Every method raises ServerUnreachable when the server does not answer or dies, RequestRejected when it refuses
+    (HTTP 4xx) and ServerError for all else that is wrong with its answer.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 600.0, connect_timeout: float = 10.0):
+        self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=timeout)
+        self._session: aiohttp.ClientSession | None = None
+        self._group_stream: bool | None = None
+
+    async def __aenter__(self) -> "ServerClient":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    # Generating.
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Generation]:
+        """Yield the samples of a request, each as soon as it is finished, in any order, each exactly once."""
+        if self._group_stream is None:
+            self._group_stream = bool((await self.info()).get("group_stream", False))
+        samples = self._as_group(request) if self._group_stream else self._one_by_one(request)
+        try:
+            async for sample in samples:
+                yield sample
+        finally:
+            await samples.aclose()
+
+    async def _as_group(self, request: GenerationRequest) -> AsyncIterator[Generation]:
+        """One request, one line for each finished sample."""
+        body = {
+            "rid": list(request.ids),
+            "input_ids": request.token_ids.tolist(),
+            "sampling_params": _sampling(request, n=len(request.ids), seed=list(request.seeds)),
+            "return_logprob": True,
+            "group_stream": True,
+        }
+        waiting = set(request.ids)
+        async with self._exchange("POST", "/generate", body, request.ids[0]) as response:
+            async for line in _lines(response):
+                sample = _from_line(_parsed(line, self.url))
+                waiting.discard(sample.id)
+                yield sample
+            if waiting:
+                raise ServerUnreachable(f"{self.url} stopped before {len(waiting)} samples", request=min(waiting))
+
+    async def _one_by_one(self, request: GenerationRequest) -> AsyncIterator[Generation]:
+        """A request a sample, as SGLang understands it."""
+        tasks = [
+            asyncio.ensure_future(self._one(request, rid, seed))
+            for rid, seed in zip(request.ids, request.seeds, strict=True)
+        ]
+        try:
+            for task in asyncio.as_completed(tasks):
+                yield await task
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(self, request: GenerationRequest, rid: str, seed: int) -> Generation:
+        body = {
+            "rid": rid,
+            "input_ids": request.token_ids.tolist(),
+            "sampling_params": _sampling(request, n=1, seed=seed),
+            "return_logprob": True,
+        }
+        return _from_sglang(rid, await self._json("POST", "/generate", body, rid), self.url)
+
+    # Weights.
+
+    async def begin_update(self) -> None:
+        """Pause generation (running requests wait) and open an update."""
+        await self._json("POST", "/begin_weight_update", {})
+
+    async def load_bucket(self, bucket: Bucket) -> None:
+        """Copy a bucket into the model. The segment may be reused when this returns."""
+        await self._json(
+            "POST", "/update_weights_from_tensor", {"load_format": "shared_memory", "bucket": asdict(bucket)}
+        )
+
+    async def end_update(self, version: int) -> None:
+        """Close the update, name what is held `version`, and continue generation."""
+        await self._json("POST", "/end_weight_update", {"weight_version": str(version)})
+
+    async def checksum(self) -> str:
+        """Over the parameters that the server holds now; also while an update is open."""
+        return str((await self._json("POST", "/weights_checker", {"action": "checksum"}))["checksum"])
+
+    async def load_from_disk(self, folder: str, version: int) -> None:
+        """Replace the weights by those of a Hugging Face folder on the server's machine."""
+        body = {"model_path": folder, "weight_version": str(version)}
+        await self._json("POST", "/update_weights_from_disk", body)
+
+    # Control.
+
+    async def health(self) -> bool:
+        """Whether the server answers and says that it is well."""
+        try:
+            async with self._exchange("GET", "/health", None, None):
+                return True
+        except ServerError:
+            return False
+
+    async def info(self) -> Json:
+        """What the server says about itself."""
+        return await self._json("GET", "/get_server_info", None)
+
+    async def pause(self, mode: PauseMode = "in_place") -> None:
+        """Stop generating: keep running samples in place, retract them to be prefilled again, or abort them."""
+        await self._json("POST", "/pause_generation", {"mode": mode})
+
+    async def resume_generation(self) -> None:
+        """Generate again after `pause`."""
+        await self._json("POST", "/continue_generation", {})
+
+    async def abort(self, rid: str | None = None) -> None:
+        """End the requests whose id starts with `rid`, or all; they return what they have."""
+        await self._json("POST", "/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
+
+    async def flush_cache(self) -> None:
+        """Forget cached prompts."""
+        await self._exchange_only("POST", "/flush_cache", {})
+
+    async def release_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+        """Give memory back."""
+        await self._exchange_only("POST", "/release_memory_occupation", {"tags": list(tags)})
+
+    async def resume_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+        """Take memory again; weights need an update before the server generates, unless it kept a backup."""
+        await self._exchange_only("POST", "/resume_memory_occupation", {"tags": list(tags)})
+
+    # The border.
+
+    async def _json(self, method: str, path: str, body: Json | None, rid: str | None = None) -> Json:
+        async with self._exchange(method, path, body, rid) as response:
+            answer = _parsed(await response.read(), self.url)
+        if answer.get("success") is False:
+            raise ServerError(f"{self.url}{path} failed: {answer.get('message')}", **_where(rid))
+        return answer
+
+    async def _exchange_only(self, method: str, path: str, body: Json) -> None:
+        async with self._exchange(method, path, body, None) as response:
+            await response.read()
+
+    @asynccontextmanager
+    async def _exchange(
+        self, method: str, path: str, body: Json | None, rid: str | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A good response, or one of our errors; also for what goes wrong while its body is read."""
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0)
+            self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=self._timeout)
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} if data else {}
+        try:
+            async with self._session.request(method, self.url + path, data=data, headers=headers) as response:
+                if response.status >= 400:
+                    _raise_status(response.status, await response.read(), self.url + path, rid)
+                yield response
+        except (TimeoutError, aiohttp.ClientError) as error:
+            raise ServerUnreachable(f"{self.url}{path}: {type(error).__name__}: {error}", **_where(rid)) from None
+
+
+class ServerGroup:
+    """Several servers of one role as one `Generator`: each request goes where the fewest samples are outstanding.
+
+    A request whose server dies goes on at another one with the samples that have not arrived; a server that failed
+    is asked last until it answers a control verb again.
+    """
+
+    def __init__(self, clients: Sequence[ServerClient]) -> None:
+        if not clients:
+            raise ValueError("a group needs at least one server")
+        self.clients = tuple(clients)
+        self._outstanding = dict.fromkeys(self.clients, 0)
+        self._failed: set[ServerClient] = set()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Generation]:
+        """As `Generator.generate`. Raises ServerUnreachable when no server is left to try."""
+        untried = set(self.clients)
+        left = request
+        while True:
+            client = min(untried, key=lambda c: (c in self._failed, self._outstanding[c], self.clients.index(c)))
+            untried.discard(client)
+            waiting = dict(zip(left.ids, left.seeds, strict=True))
+            self._outstanding[client] += len(waiting)
+            samples = client.generate(left)
+            try:
+                async for sample in samples:
+                    del waiting[sample.id]
+                    self._outstanding[client] -= 1
+                    yield sample
+                return
+            except ServerUnreachable:
+                self._failed.add(client)
+                if not untried or not waiting:
+                    raise
+            finally:
+                self._outstanding[client] -= len(waiting)
+                await samples.aclose()  # type: ignore[attr-defined]
+            left = GenerationRequest(
+                ids=tuple(waiting), seeds=tuple(waiting.values()), token_ids=left.token_ids, sampling=left.sampling
+            )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._all(lambda client: client.close())
+
+    async def pause(self, mode: PauseMode = "in_place") -> None:
+        """`ServerClient.pause` on every server."""
+        await self._all(lambda client: client.pause(mode))
+
+    async def resume_generation(self) -> None:
+        """`ServerClient.resume_generation` on every server."""
+        await self._all(lambda client: client.resume_generation())
+
+    async def abort(self, rid: str | None = None) -> None:
+        """`ServerClient.abort` on every server."""
+        await self._all(lambda client: client.abort(rid))
+
+    async def flush_cache(self) -> None:
+        """`ServerClient.flush_cache` on every server."""
+        await self._all(lambda client: client.flush_cache())
+
+    async def release_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+        """`ServerClient.release_memory` on every server."""
+        await self._all(lambda client: client.release_memory(tags))
+
+    async def resume_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+        """`ServerClient.resume_memory` on every server."""
+        await self._all(lambda client: client.resume_memory(tags))
+
+    async def load_from_disk(self, folder: str, version: int) -> None:
+        """`ServerClient.load_from_disk` on every server."""
+        await self._all(lambda client: client.load_from_disk(folder, version))
+
+    async def _all(self, verb: Callable[[ServerClient], Awaitable[None]]) -> None:
+        await asyncio.gather(*(verb(client) for client in self.clients))
+        self._failed.clear()
+
+
+def _sampling(request: GenerationRequest, n: int, seed: int | list[int]) -> Json:
+    sampling = request.sampling
+    return {
+        "n": n,
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "sampling_seed": seed,
+    }
+
+
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The lines of a body as they arrive, however they were cut into packets."""
+    rest = b""
+    async for piece in response.content.iter_any():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
+
+
+def _parsed(data: bytes, url: str) -> Json:
+    try:
+        answer = json.loads(data)
+    except ValueError:
+        raise ServerError(f"{url} answered something that is not JSON: {data[:80]!r}") from None
+    if not isinstance(answer, dict):
+        raise ServerError(f"{url} answered {type(answer).__name__}, not an object")
+    return answer
+
+
+def _raise_status(status: int, data: bytes, url: str, rid: str | None) -> None:
+    try:
+        answer = json.loads(data)
+        message = answer["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = data[:200].decode(errors="replace")
+    kind = RequestRejected if 400 <= status < 500 else ServerError
+    raise kind(f"{url}: {message}", status=status, **_where(rid))
+
+
+def _where(rid: str | None) -> dict[str, str]:
+    return {} if rid is None else {"request": rid}
+
+
+def _version(text: object) -> int:
+    try:
+        return int(str(text))
+    except ValueError:
+        return NO_VERSION
+
+
+def _from_line(line: Json) -> Generation:
+    """A line of our `group_stream`."""
+    return Generation(
+        id=line["id"],
+        token_ids=ints(np.frombuffer(base64.b64decode(line["tokens"]), "<i4")),
+        logprobs=floats(np.frombuffer(base64.b64decode(line["logprobs"]), "<f4")),
+        versions=tuple(VersionSpan(start=s["start"], version=_version(s["version"])) for s in line["weight_versions"]),
+        finish_reason=line["finish_reason"],
+    )
+
+
+def _from_sglang(rid: str, answer: Json, url: str) -> Generation:
+    """An answer of SGLang's /generate."""
+    try:
+        meta = answer["meta_info"]
+        logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
+        return Generation(
+            id=rid,
+            token_ids=ints(answer["output_ids"]),
+            logprobs=floats(logprobs),
+            versions=tuple(_spans(meta)),
+            finish_reason=meta["finish_reason"]["type"],
+        )
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ServerError(f"{url} answered without what was asked for: {error!r}", request=rid) from None
+
+
+def _spans(meta: Json) -> Iterator[VersionSpan]:
+    for span in meta.get("weight_versions") or [{"start": 0, "version": meta.get("weight_version")}]:
+        yield VersionSpan(start=span["start"], version=_version(span["version"]))

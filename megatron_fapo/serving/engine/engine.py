@@ -1,0 +1,304 @@
+"""The engine: one thread that admits samples, advances the batch and obeys commands between two tokens.
+
+Consumes samples (`submit`) and commands (`call`) from the event loop; waits on one condition for either; produces
+answers in the samples' inboxes. The HTTP side never touches the batch or the weights.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from megatron_fapo.errors import FapoError, RequestRejected, ServerError
+from megatron_fapo.records import Bucket
+from megatron_fapo.serving.engine.batch import Batch
+from megatron_fapo.serving.engine.model import Model
+from megatron_fapo.serving.engine.sample import Answer, Sample
+from megatron_fapo.serving.engine.weights import Weights
+
+T = TypeVar("T")
+PauseMode = Literal["in_place", "retract", "abort"]
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """A model with a batch of running samples."""
+
+    def __init__(
+        self,
+        model: Model,
+        weights: Weights,
+        max_running: int,
+        granularity: int,
+        find_stop: Callable[[Answer], str | None],
+    ) -> None:
+        self.weights = weights
+        self.max_running = max_running
+        self.versions = ["default"]
+        """Every weight version so far; a token's version is an index into it."""
+        self._batch = Batch(model, max_running, granularity)
+        self._find_stop = find_stop
+        self._waiting: deque[Sample] = deque()
+        self._arrived: deque[Sample] = deque()
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._wake = threading.Condition()
+        self._paused = False
+        self._updating = False
+        self._cache_released = False
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.failure: BaseException | None = None
+        """What ended the engine's thread, if something did."""
+
+    # The event loop's side.
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the thread; answers are delivered on `loop`."""
+        self._loop = loop
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the token it is at."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    def submit(self, samples: Sequence[Sample]) -> None:
+        """Queue samples; their answers come to their inboxes."""
+        with self._wake:
+            self._arrived.extend(samples)
+            self._wake.notify()
+
+    def forget(self) -> None:
+        """Drop samples that were marked aborted; nobody waits for their answers."""
+        with self._wake:
+            self._commands.append((self._drop_aborted, Future()))
+            self._wake.notify()
+
+    async def call(self, command: Callable[[], T]) -> T:
+        """Run a command between two tokens and return its result, or raise its error."""
+        future: Future[T] = Future()
+        with self._wake:
+            self._commands.append((command, future))
+            self._wake.notify()
+        return await asyncio.wrap_future(future)
+
+    @property
+    def version(self) -> str:
+        """The weight version that is being served."""
+        return self.versions[-1]
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """(running, waiting) samples."""
+        return len(self._batch), len(self._waiting) + len(self._arrived)
+
+    @property
+    def blocked(self) -> str | None:
+        """Why nothing is generated now."""
+        reasons = {
+            "an update of the weights is open": self._updating,
+            "paused": self._paused,
+            "the memory of the KV cache is released": self._cache_released,
+            "the memory of the weights is released": self.weights.released,
+            "the weights were released and have not been loaded since": not self.weights.usable,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    # Commands, run by the engine's thread.
+
+    def pause(self, mode: PauseMode) -> int:
+        """Stop generating: leave samples in place, send them back to the queue, or abort them. How many ran."""
+        running = len(self._batch)
+        self._paused = True
+        if mode == "retract":
+            self._waiting.extendleft(reversed(self._batch.retract()))
+        elif mode == "abort":
+            self.abort(None, "paused with mode abort")
+        return running
+
+    def proceed(self) -> None:
+        """Generate again."""
+        self._paused = False
+
+    def abort(self, prefix: str | None, why: str) -> int:
+        """End samples whose id starts with `prefix` (all when None) with what they have. How many there were."""
+        return self._end(lambda sample: prefix is None or sample.id.startswith(prefix), why)
+
+    def _drop_aborted(self) -> None:
+        self._end(lambda sample: sample.aborted, "the client left")
+
+    def _end(self, hit: Callable[[Sample], bool], why: str) -> int:
+        rows = [row for row, sample in enumerate(self._batch.samples) if hit(sample)]
+        answers = [self._batch.answer(row, "abort", why) for row in rows]
+        self._batch.remove(rows)
+        queued = [sample for sample in self._waiting if hit(sample)]
+        self._waiting = deque(sample for sample in self._waiting if not hit(sample))
+        for sample in queued:
+            answers.append(
+                Answer(
+                    sample=sample,
+                    tokens=sample.tokens,
+                    logprobs=sample.logprobs,
+                    versions=sample.versions,
+                    reason="abort",
+                    matched=why,
+                )
+            )
+        self._deliver(answers)
+        return len(answers)
+
+    def begin_update(self) -> None:
+        """Generate nothing until `end_update`; running samples wait where they are."""
+        self.weights.begin()
+        self._updating = True
+
+    def copy_bucket(self, bucket: Bucket) -> None:
+        """Copy tensors into the model; needs an open update."""
+        if not self._updating:
+            raise RequestRejected("no update is open: POST /begin_weight_update first")
+        self.weights.copy(bucket)
+
+    def end_update(self, version: str) -> None:
+        """Close the update and generate with the new weights as `version`."""
+        if not self._updating:
+            raise RequestRejected("no update is open: POST /begin_weight_update first")
+        self.weights.end()
+        self._updating = False
+        self._new_version(version)
+
+    def load_from_disk(self, folder: Path, version: str) -> None:
+        """Replace the weights by those of a folder."""
+        if self._updating:
+            raise RequestRejected("an update is open: POST /end_weight_update first")
+        self.weights.load(folder)
+        self._new_version(version)
+
+    def flush(self) -> None:
+        """Free the KV cache where nothing runs."""
+        self._refuse_running("flush the cache")
+        self._batch.cache.free()
+
+    def release(self, tags: Sequence[str], backup: bool) -> None:
+        """Give memory back: tags weights, kv_cache."""
+        self._refuse_running("release memory")
+        if "weights" in tags and not self.weights.released:
+            self.weights.release(backup)
+        if "kv_cache" in tags:
+            self._batch.cache.free()
+            self._cache_released = True
+
+    def resume(self, tags: Sequence[str]) -> None:
+        """Take memory again."""
+        if "weights" in tags:
+            self.weights.resume()
+        if "kv_cache" in tags:
+            self._cache_released = False
+
+    def _refuse_running(self, what: str) -> None:
+        if len(self._batch):
+            raise RequestRejected(
+                f"cannot {what} while {len(self._batch)} samples run: "
+                "wait for them, or POST /pause_generation with mode retract or abort"
+            )
+
+    def _new_version(self, version: str) -> None:
+        self.versions.append(version)
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            while self._next():
+                pass
+        except BaseException as error:  # noqa: BLE001 - the server reports it in /health and ends
+            log.exception("the engine's thread ended")
+            self.failure = error
+            self._fail_everything(error)
+
+    def _next(self) -> bool:
+        """Take in what arrived, then one round; False when the engine is to stop."""
+        with self._wake:
+            while not (self._stopping or self._arrived or self._commands or self._can_generate()):
+                self._wake.wait()
+            if self._stopping:
+                return False
+            self._waiting.extend(self._arrived)
+            self._arrived.clear()
+            commands, self._commands = self._commands, deque()
+        for command, future in commands:
+            self._obey(command, future)
+        if self._can_generate():
+            self._admit()
+            if len(self._batch):
+                self._deliver(self._batch.step(len(self.versions) - 1))
+        return True
+
+    def _can_generate(self) -> bool:
+        return bool(self._waiting or len(self._batch)) and self.blocked is None
+
+    def _obey(self, command: Callable[[], Any], future: "Future[Any]") -> None:
+        try:
+            result = command()
+        except FapoError as error:
+            future.set_exception(error)
+        except Exception as error:
+            future.set_exception(error)
+            raise
+        else:
+            future.set_result(result)
+
+    def _admit(self) -> None:
+        """Prefill waiting samples while rows are free; contexts of one length go together."""
+        free = self.max_running - len(self._batch)
+        if not free or not self._waiting:
+            return
+        admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        by_length: dict[int, list[Sample]] = {}
+        for sample in admitted:
+            by_length.setdefault(len(sample.prompt) + len(sample.tokens), []).append(sample)
+        for samples in by_length.values():
+            self._deliver(self._batch.add(samples, len(self.versions) - 1))
+
+    def _deliver(self, answers: list[Answer]) -> None:
+        if not answers:
+            return
+        answers = [self._with_stop_text(answer) for answer in answers]
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(_put, answers)
+
+    def _with_stop_text(self, answer: Answer) -> Answer:
+        """The answer ended, where one of its stop texts has appeared."""
+        if not answer.sample.options.stop or answer.reason in ("stop", "abort"):
+            return answer
+        matched = self._find_stop(answer)
+        if matched is None:
+            return answer
+        if answer.reason is None:
+            self._batch.remove([self._batch.samples.index(answer.sample)])
+        return Answer(
+            sample=answer.sample,
+            tokens=answer.tokens,
+            logprobs=answer.logprobs,
+            versions=answer.versions,
+            reason="stop",
+            matched=matched,
+            cached=answer.cached,
+        )
+
+    def _fail_everything(self, error: BaseException) -> None:
+        for _, future in self._commands:
+            future.set_exception(ServerError(f"the engine failed: {error}"))
+        self.abort(None, f"the engine failed: {error}")
+
+
+def _put(answers: list[Answer]) -> None:
+    for answer in answers:
+        answer.sample.inbox.put_nowait(answer)

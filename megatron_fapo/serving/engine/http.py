@@ -1,0 +1,315 @@
+"""The routes: SGLang's HTTP API as far as training needs it, over an engine."""
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from megatron_fapo.errors import DataError, FapoError, RequestRejected, WeightsError
+from megatron_fapo.serving.engine import protocol
+from megatron_fapo.serving.engine.engine import Engine
+from megatron_fapo.serving.engine.protocol import Json, Limits, Parsed
+from megatron_fapo.serving.engine.sample import Answer
+from megatron_fapo.serving.engine.text import Text
+from megatron_fapo.serving.settings import ServerSettings
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+TAGS = ("weights", "kv_cache")
+_BODY_LIMIT = 256 * 2**20
+
+log = logging.getLogger(__name__)
+
+
+class Routes:
+    """Handlers over one engine. `open` goes true when the engine is ready to answer."""
+
+    def __init__(self, settings: ServerSettings, limits: Limits, text: Text, engine: Engine) -> None:
+        self._settings, self._limits, self._text, self._engine = settings, limits, text, engine
+
+    def application(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application(middlewares=[self._guard], client_max_size=_BODY_LIMIT)
+        get, post = app.router.add_get, app.router.add_post
+        get("/health", self.health)
+        get("/health_generate", self.health_generate)
+        for path in ("/get_model_info", "/model_info"):
+            get(path, self.model_info)
+        for path in ("/get_server_info", "/server_info"):
+            get(path, self.server_info)
+        post("/generate", self.generate)
+        post("/update_weights_from_disk", self.update_from_disk)
+        post("/begin_weight_update", self.begin_update)
+        post("/update_weights_from_tensor", self.update_from_tensor)
+        post("/end_weight_update", self.end_update)
+        post("/weights_checker", self.weights_checker)
+        post("/pause_generation", self.pause)
+        post("/continue_generation", self.proceed)
+        post("/abort_request", self.abort)
+        post("/flush_cache", self.flush)
+        post("/release_memory_occupation", self.release)
+        post("/resume_memory_occupation", self.resume)
+        return app
+
+    # What every request passes.
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Check the key, and turn errors into JSON bodies."""
+        key = self._settings.api_key()
+        given = request.headers.get("Authorization", "")
+        if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+            return _error(401, "wrong or missing API key: send Authorization: Bearer KEY")
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            return _error(error.status, f"{request.method} {request.path}: {error.reason}")
+        except (RequestRejected, DataError, WeightsError) as error:
+            return _error(400, str(error))
+        except FapoError as error:
+            return _error(500, str(error))
+
+    # Reading.
+
+    async def health(self, request: web.Request) -> web.Response:
+        """200 while the engine's thread lives."""
+        if self._engine.failure is not None:
+            return _error(503, f"the engine failed: {self._engine.failure}")
+        return web.Response()
+
+    async def health_generate(self, request: web.Request) -> web.StreamResponse:
+        """200 when one token can be generated."""
+        if self._engine.blocked is not None:
+            return _error(503, f"nothing is generated: {self._engine.blocked}")
+        body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+        parsed = protocol.parse_generate(body, self._limits, self._text)
+        async for _ in self._answers(parsed):
+            pass
+        return await self.health(request)
+
+    async def model_info(self, request: web.Request) -> web.Response:
+        """Which model, which weights."""
+        return web.json_response({"model_path": self._settings.model, "weight_version": self._engine.version})
+
+    async def server_info(self, request: web.Request) -> web.Response:
+        """What the server is and which parts of the protocol it speaks."""
+        running, waiting = self._engine.load
+        return web.json_response(
+            {
+                "engine": self._settings.engine,
+                "model_path": self._settings.model,
+                "weight_version": self._engine.version,
+                "weight_update": "begin_end",
+                "weight_transports": ["disk", "shared_memory"],
+                "group_stream": True,
+                "deterministic": self._settings.deterministic,
+                "context_length": self._limits.context_length,
+                "max_running_requests": self._settings.max_running,
+                "running": running,
+                "waiting": waiting,
+                "blocked": self._engine.blocked,
+            }
+        )
+
+    # Generating.
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        """Token ids in, token ids out."""
+        parsed = protocol.parse_generate(await _body(request), self._limits, self._text)
+        self._refuse_without_weights()
+        if parsed.group_stream:
+            return await self._group_stream(request, parsed)
+        if parsed.stream:
+            return await self._event_stream(request, parsed)
+        results: list[Json] = [{}] * len(parsed.samples)
+        async for answers in self._answers(parsed):
+            for answer in answers:
+                results[answer.sample.index] = self._render(answer, parsed)
+        return web.json_response(results if parsed.many else results[0])
+
+    def _refuse_without_weights(self) -> None:
+        blocked = self._engine.blocked or ""
+        if "released" in blocked:
+            raise RequestRejected(f"{blocked}: resume the memory, and load weights where they were released")
+
+    async def _group_stream(self, request: web.Request, parsed: Parsed) -> web.StreamResponse:
+        """One line a finished sample."""
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        async for answers in self._answers(parsed):
+            lines = [json.dumps(protocol.render_compact(a, self._engine.versions)) for a in answers if a.reason]
+            if lines:
+                await response.write(("\n".join(lines) + "\n").encode())
+        await response.write_eof()
+        return response
+
+    async def _event_stream(self, request: web.Request, parsed: Parsed) -> web.StreamResponse:
+        """Server-sent events, each with all tokens so far, as SGLang sends them."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        async for answers in self._answers(parsed):
+            for answer in answers:
+                await response.write(f"data: {json.dumps(self._render(answer, parsed))}\n\n".encode())
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+    def _render(self, answer: Answer, parsed: Parsed) -> Json:
+        return protocol.render(answer, parsed, self._engine.versions, self._text)
+
+    async def _answers(self, parsed: Parsed) -> AsyncIterator[list[Answer]]:
+        """Submit, then yield what has come, many at a time; when the client leaves, its samples are aborted."""
+        left = {sample.index for sample in parsed.samples}
+        self._engine.submit(parsed.samples)
+        try:
+            while left:
+                answers = [await parsed.inbox.get()]
+                while not parsed.inbox.empty():
+                    answers.append(parsed.inbox.get_nowait())
+                left.difference_update(answer.sample.index for answer in answers if answer.reason)
+                yield answers
+        finally:
+            if left:
+                for sample in parsed.samples:
+                    sample.aborted = True
+                self._engine.forget()
+
+    # Weights.
+
+    async def update_from_disk(self, request: web.Request) -> web.Response:
+        """Replace all weights by those of a folder."""
+        body = await _body(request)
+        folder = Path(str(body.get("model_path") or self._settings.model))
+        version = str(body.get("weight_version") or folder.name)
+        await self._engine.call(lambda: self._engine.load_from_disk(folder, version))
+        return web.json_response({"success": True, "message": f"loaded {folder.name}", "weight_version": version})
+
+    async def begin_update(self, request: web.Request) -> web.Response:
+        """Open an update."""
+        await self._engine.call(self._engine.begin_update)
+        return web.json_response({"success": True, "message": "update open"})
+
+    async def update_from_tensor(self, request: web.Request) -> web.Response:
+        """Copy one bucket."""
+        bucket = protocol.parse_bucket(await _body(request))
+        await self._engine.call(lambda: self._engine.copy_bucket(bucket))
+        return web.json_response({"success": True, "message": f"{len(bucket.tensors)} tensors"})
+
+    async def end_update(self, request: web.Request) -> web.Response:
+        """Close the update under a version."""
+        version = (await _body(request)).get("weight_version")
+        if version is None:
+            raise RequestRejected("weight_version: which version are these weights?")
+        await self._engine.call(lambda: self._engine.end_update(str(version)))
+        return web.json_response({"success": True, "weight_version": str(version)})
+
+    async def weights_checker(self, request: web.Request) -> web.Response:
+        """The checksum of what the model holds."""
+        return web.json_response({"success": True, **await self._held()})
+
+    async def _held(self) -> Json:
+        engine = self._engine
+        return await engine.call(
+            lambda: {
+                "checksum": engine.weights.checksum(),
+                "tensors": len(engine.weights.names),
+                "nbytes": engine.weights.nbytes,
+                "weight_version": engine.version,
+            }
+        )
+
+    # Control.
+
+    async def pause(self, request: web.Request) -> web.Response:
+        """Stop generating."""
+        mode = (await _body(request)).get("mode") or "abort"
+        if mode not in ("in_place", "retract", "abort"):
+            raise RequestRejected(f"mode {mode!r}: must be in_place, retract or abort")
+        running = await self._engine.call(lambda: self._engine.pause(mode))
+        return web.json_response({"success": True, "status": "paused", "mode": mode, "running": running})
+
+    async def proceed(self, request: web.Request) -> web.Response:
+        """Generate again."""
+        await self._engine.call(self._engine.proceed)
+        return web.json_response({"success": True, "status": "running"})
+
+    async def abort(self, request: web.Request) -> web.Response:
+        """End requests by id, or all."""
+        body = await _body(request)
+        rid = None if body.get("abort_all") else body.get("rid")
+        if rid is None and not body.get("abort_all"):
+            raise RequestRejected("rid: which request? (or abort_all: true)")
+        count = await self._engine.call(lambda: self._engine.abort(rid, "aborted by request"))
+        return web.json_response({"success": True, "aborted": count})
+
+    async def flush(self, request: web.Request) -> web.Response:
+        """Free the KV cache."""
+        await self._engine.call(self._engine.flush)
+        return web.json_response({"success": True, "message": "cache flushed"})
+
+    async def release(self, request: web.Request) -> web.Response:
+        """Give memory back."""
+        tags, backup = await _tags(request), self._settings.weights_cpu_backup
+        await self._engine.call(lambda: self._engine.release(tags, backup))
+        return web.json_response({"success": True, "released": tags})
+
+    async def resume(self, request: web.Request) -> web.Response:
+        """Take memory again."""
+        tags = await _tags(request)
+        await self._engine.call(lambda: self._engine.resume(tags))
+        return web.json_response({"success": True, "resumed": tags, "blocked": self._engine.blocked})
+
+
+def _error(status: int, message: str) -> web.Response:
+    return web.json_response({"success": False, "error": {"message": message, "code": status}}, status=status)
+
+
+async def _body(request: web.Request) -> Json:
+    """The JSON object of a request; an empty body is an empty object."""
+    raw = await request.read()
+    try:
+        body: Any = json.loads(raw) if raw else {}
+    except ValueError as error:
+        raise RequestRejected(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise RequestRejected("the body must be a JSON object")
+    return body
+
+
+async def _tags(request: web.Request) -> list[str]:
+    tags = (await _body(request)).get("tags") or list(TAGS)
+    if not isinstance(tags, list) or not set(tags) <= set(TAGS):
+        raise RequestRejected(f"tags {tags!r}: known are {', '.join(TAGS)}")
+    return tags
+
+
+def runner(app: web.Application) -> web.AppRunner:
+    """How an application runs: a client that leaves cancels its handler, so that its samples end."""
+    return web.AppRunner(app, access_log=None, handler_cancellation=True, keepalive_timeout=3600)
+
+
+async def listen(app_runner: web.AppRunner, host: str, port: int) -> int:
+    """Start listening and return the port."""
+    await app_runner.setup()
+    site = web.TCPSite(app_runner, host, port, backlog=1024)
+    await site.start()
+    port_bound: int = app_runner.addresses[0][1]
+    return port_bound
+
+
+def run_forever(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Run `main` until SIGTERM or SIGINT sets the event it is given."""
+    import signal
+
+    async def body() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await main(stop)
+
+    asyncio.run(body())

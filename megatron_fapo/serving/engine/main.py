@@ -1,0 +1,98 @@
+"""One server process: load the model, listen, say where, serve until told to stop."""
+
+import asyncio
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_fapo.errors import FapoError
+from megatron_fapo.serving.engine.http import Routes, listen, run_forever, runner
+from megatron_fapo.serving.engine.protocol import Limits
+from megatron_fapo.serving.engine.text import Text
+from megatron_fapo.serving.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+
+
+def serve(settings: ServerSettings, ready: Callable[[str], None] = lambda url: None) -> None:
+    """Serve until SIGTERM or SIGINT. `ready` is called with the URL once requests are answered.
+
+    Raises ConfigError and DataError for settings or a model that cannot be served.
+    """
+    from megatron_fapo.serving.engine.start import build_engine, limits
+
+    settings.api_key()
+    text = Text(Path(settings.model))
+    engine = build_engine(settings, text)
+
+    async def main(stop: asyncio.Event) -> None:
+        engine.start(asyncio.get_running_loop())
+        app_runner = runner(Routes(settings, limits(settings), text, engine).application())
+        port = await listen(app_runner, settings.host, settings.port)
+        ready(f"http://{settings.host}:{port}")
+        log.info("serving %s on %s:%d", settings.model, settings.host, port)
+        await stop.wait()
+        engine.stop()
+        await app_runner.cleanup()
+
+    run_forever(main)
+
+
+def _end_with_parent() -> None:
+    """Leave when the launcher does: its end of our stdin closes; on Linux the kernel also tells us at once."""
+
+    def wait_for_end() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait_for_end, name="parent", daemon=True).start()
+
+
+def _kill_me_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit("the launcher is gone")
+
+
+def main() -> None:
+    """Entry of a launched server: `main READY_FD`, settings as one line of JSON on stdin."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    ready_fd = int(sys.argv[1])
+    order = json.loads(_read_line(0))
+    if order["parent"] is not None:
+        _kill_me_with(order["parent"])
+    _end_with_parent()
+
+    def ready(url: str) -> None:
+        os.write(ready_fd, f"{url}\n".encode())
+        os.close(ready_fd)
+
+    try:
+        serve(ServerSettings.model_validate(order["settings"]), ready)
+    except FapoError as error:
+        log.error("%s: %s", type(error).__name__, error)
+        sys.exit(2)
+
+
+def _read_line(descriptor: int) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(descriptor, 65536)
+        if not piece:
+            break
+        line += piece
+    return line
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Text in and out, for models whose folder has a tokenizer.json."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_fapo.errors import RequestRejected
+from megatron_fapo.serving.engine.sample import Answer
+
+
+class Text:
+    """A model folder's tokenizer, loaded when first needed, and its end-of-sequence ids."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "tokenizer.json"
+        self._tokenizer: Any = None
+        self.available = self._path.exists()
+        self.eos_ids = _eos_ids(folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return list(self._load().encode(text).ids)
+
+    def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
+        """Text of token ids."""
+        return str(self._load().decode(list(tokens), skip_special_tokens=skip_special))
+
+    def find_stop(self, answer: Answer) -> str | None:
+        """Which of the sample's stop texts its answer contains."""
+        text = self.decode(answer.tokens.tolist(), skip_special=False)
+        return next((stop for stop in answer.sample.options.stop if stop in text), None)
+
+    def _load(self) -> Any:
+        if not self.available:
+            raise RequestRejected(f"{self._path.parent.name} has no tokenizer.json: send input_ids, and no stop texts")
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer
+
+            self._tokenizer = Tokenizer.from_file(str(self._path))
+        return self._tokenizer
+
+
+def _eos_ids(folder: Path) -> tuple[int, ...]:
+    """End-of-sequence ids, from generation_config.json before config.json as transformers reads them."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        value = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (value,)
+    return ()

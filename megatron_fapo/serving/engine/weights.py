@@ -1,0 +1,172 @@
+"""The weights of a running model: read from disk, copied from shared memory, summed, released."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_fapo.errors import DataError, RequestRejected, WeightsError
+from megatron_fapo.records import Bucket, TensorSpec
+from megatron_fapo.serving.engine.model import Model
+from megatron_fapo.weights import Segment, checksum, digest, shared_memory_folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder. Raises DataError when it is not there."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no config.json, so not a Hugging Face model folder") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{folder / 'config.json'}: not JSON: {error}") from None
+    return config
+
+
+def on_disk(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of a folder's safetensors files. Raises DataError when there is none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{folder}: no *.safetensors file")
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                yield name, file.get_tensor(name)
+
+
+class Weights:
+    """The parameters of a model and the updates made to them."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._missing: set[str] = set()
+        self._backup: dict[str, Tensor] | None = None
+        self.released = False
+        self.usable = False
+        """Whether the parameters are a whole model: false before the first load and after a release."""
+
+    @property
+    def names(self) -> list[str]:
+        """Hugging Face names of all parameters."""
+        return list(self._model.parameters)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._model.parameters.values())
+
+    def load(self, folder: Path) -> None:
+        """Read all parameters from a folder; casts where the file's dtype differs."""
+        self.begin()
+        for name, tensor in on_disk(folder):
+            if name in self._model.parameters or not self._is_tied_head(name):
+                self._target(name, tuple(tensor.shape)).copy_(tensor)
+                self._missing.discard(name)
+        self.end()
+
+    def begin(self) -> None:
+        """Open an update: from now on every parameter has to arrive before `end`."""
+        if self.released:
+            raise RequestRejected("the weights' memory is released: resume it (tag weights) before an update")
+        self._missing = set(self._model.parameters)
+        self.usable = False
+
+    def copy(self, bucket: Bucket) -> None:
+        """Copy a bucket's tensors into the model, verifying each.
+
+        Raises RequestRejected, naming the tensor, when a name, shape or dtype is not the model's, and WeightsError
+        when its bytes are not those of its digest.
+        """
+        memory = self._open(bucket).memory
+        for spec in bucket.tensors:
+            if spec.name not in self._model.parameters and self._is_tied_head(spec.name):
+                continue
+            target = self._target(spec.name, spec.shape)
+            self._missing.add(spec.name)
+            self._copy_one(spec, target, memory)
+            self._missing.discard(spec.name)
+
+    def end(self) -> None:
+        """Close the update. Raises RequestRejected naming parameters that did not arrive; it then stays open."""
+        if self._missing:
+            names = sorted(self._missing)
+            raise RequestRejected(f"{len(names)} tensors are missing from the update: {', '.join(names[:5])}")
+        self._model.refresh()
+        self.usable = True
+
+    def checksum(self) -> str:
+        """Over what the model holds now, under Hugging Face names."""
+        return checksum({name: digest(_bytes(tensor)) for name, tensor in self._model.parameters.items()})
+
+    def release(self, backup: bool) -> None:
+        """Give the parameters' memory back."""
+        if backup and self.usable:
+            self._backup = {name: tensor.clone() for name, tensor in self._model.parameters.items()}
+        for storage in self._storages():
+            storage.resize_(0)
+        self.released, self.usable = True, False
+
+    def resume(self) -> None:
+        """Take the memory again. Without a backup the parameters have to be loaded before they are usable."""
+        if not self.released:
+            return
+        for tensor in self._model.parameters.values():
+            needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+            storage = tensor.untyped_storage()
+            if storage.nbytes() < needed:
+                storage.resize_(needed)
+        self.released = False
+        if self._backup is not None:
+            for name, tensor in self._model.parameters.items():
+                tensor.copy_(self._backup[name])
+            self._backup, self.usable = None, True
+            self._model.refresh()
+
+    def _storages(self) -> Iterator[torch.UntypedStorage]:
+        seen = {tensor.untyped_storage().data_ptr(): tensor for tensor in self._model.parameters.values()}
+        return (tensor.untyped_storage() for tensor in seen.values())
+
+    def _is_tied_head(self, name: str) -> bool:
+        """A tied model has no lm_head of its own; files and trainers may send it along."""
+        return name == "lm_head.weight" and "lm_head.weight" not in self._model.parameters
+
+    def _target(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._model.parameters.get(name)
+        if tensor is None:
+            raise RequestRejected(f"tensor {name!r}: the model has no parameter of this name")
+        if tuple(tensor.shape) != tuple(shape):
+            raise RequestRejected(f"tensor {name!r}: has shape {list(shape)}, the model's is {list(tensor.shape)}")
+        return tensor
+
+    def _copy_one(self, spec: TensorSpec, target: Tensor, memory: memoryview) -> None:
+        dtype = str(target.dtype).removeprefix("torch.")
+        if spec.dtype != dtype:
+            raise RequestRejected(f"tensor {spec.name!r}: is {spec.dtype}, the model's is {dtype}")
+        nbytes = target.numel() * target.element_size()
+        if spec.offset < 0 or spec.offset % target.element_size() or spec.offset + nbytes > len(memory):
+            raise RequestRejected(f"tensor {spec.name!r}: bytes {spec.offset}..{spec.offset + nbytes} leave its bucket")
+        piece = torch.frombuffer(memory, dtype=target.dtype, count=target.numel(), offset=spec.offset)
+        target.copy_(piece.view(target.shape))
+        if digest(_bytes(target)) != spec.digest:
+            raise WeightsError(f"tensor {spec.name!r}: its bytes do not have the digest that its sender computed")
+
+    def _open(self, bucket: Bucket) -> Segment:
+        """The mapped segment of a bucket. A path outside the shared-memory folder is refused."""
+        path, folder = Path(bucket.segment), shared_memory_folder()
+        if path.parent != folder or not path.name.startswith("fapo-") or path.is_symlink():
+            raise RequestRejected(f"segment {bucket.segment!r}: must be a file named fapo-* in {folder}")
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise RequestRejected(f"segment {bucket.segment!r}: no such file") from None
+        if size < max(bucket.nbytes, 1):
+            raise RequestRejected(f"segment {bucket.segment!r}: has {size} bytes, the bucket says {bucket.nbytes}")
+        return Segment(path, size)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's own bytes, without a copy; all parameters are contiguous."""
+    return memoryview(tensor.detach().view(torch.uint8).flatten().numpy())

@@ -1,0 +1,145 @@
+"""Starts the server processes of a role, watches them, stops them.
+
+A server says where it listens through a pipe, so the port is bound before anyone hears of it. It ends when told to,
+and when the launching process ends, however that happens.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fapo.errors import ServerError
+from megatron_fapo.serving.client import ServerClient, ServerGroup
+from megatron_fapo.serving.settings import ServerSettings
+
+_STOP_SECONDS = 5.0
+_LOG_LINES = 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerProcess:
+    """A running server. `process.wait()` returns when it has ended."""
+
+    url: str
+    pid: int
+    log: Path
+    process: asyncio.subprocess.Process
+
+    def check(self) -> None:
+        """Raise ServerError with the last lines of its log when the server has ended."""
+        if self.process.returncode is not None:
+            raise died(self.pid, self.process.returncode, self.log)
+
+    async def stop(self) -> None:
+        """Ask it to end; kill it when it does not."""
+        await _stop(self.process)
+
+
+def died(pid: int, code: int | None, log: Path) -> ServerError:
+    """The error for a server that has ended: its exit status and what it said last."""
+    return ServerError(f"server ended with status {code}; the end of {log}:\n{_tail(log)}", pid=pid)
+
+
+async def launch_one(settings: ServerSettings, log: Path, port: int | None = None) -> ServerProcess:
+    """Start one server and wait until it is healthy. Raises ServerError when it ends first or is too slow."""
+    settings = settings if port is None else settings.changed(port=port)
+    reading, writing = os.pipe()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    threads = str(settings.threads)
+    try:
+        with log.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "megatron_fapo.serving.engine.main",
+                str(writing),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=(writing,),
+                env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            )
+    finally:
+        os.close(writing)
+    try:
+        # The kernel ties the child to the launching *thread*; only the main thread lives as long as we do.
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
+        order = {"settings": settings.model_dump(), "parent": parent}
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(order).encode() + b"\n")
+        url = await asyncio.wait_for(_read_url(reading), settings.start_timeout)
+        if not url:
+            raise died(process.pid, await process.wait(), log)
+    except BaseException as error:
+        await _stop(process)
+        if isinstance(error, TimeoutError):
+            raise ServerError(f"server not ready after {settings.start_timeout} s:\n{_tail(log)}") from None
+        raise
+    return ServerProcess(url=url, pid=process.pid, log=log, process=process)
+
+
+async def _read_url(descriptor: int) -> str:
+    """The line that a server writes when it is ready; empty when it ended before."""
+    reader = asyncio.StreamReader()
+    pipe = os.fdopen(descriptor, "rb")
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), pipe
+    )
+    try:
+        return (await reader.readline()).decode().strip()
+    finally:
+        transport.close()
+
+
+@contextlib.asynccontextmanager
+async def launch(settings: ServerSettings, name: str = "server") -> AsyncIterator[list[ServerProcess]]:
+    """Start `settings.count` servers side by side; stop all at the end. Logs are `<log_folder>/<name>-<i>.log`."""
+    folder = Path(settings.log_folder or tempfile.mkdtemp(prefix="fapo-servers-"))
+    starting = [
+        asyncio.ensure_future(
+            launch_one(settings, folder / f"{name}-{place}.log", settings.port + place if settings.port else None)
+        )
+        for place in range(settings.count)
+    ]
+    try:
+        yield list(await asyncio.gather(*starting))
+    finally:
+        for task in starting:
+            task.cancel()
+        done = await asyncio.gather(*starting, return_exceptions=True)
+        await asyncio.gather(*(server.stop() for server in done if isinstance(server, ServerProcess)))
+
+
+@contextlib.asynccontextmanager
+async def open_group(settings: ServerSettings, name: str = "server") -> AsyncIterator[ServerGroup]:
+    """The servers of a role, started, as one group of clients."""
+    async with launch(settings, name) as servers:
+        key = settings.api_key()
+        group = ServerGroup([ServerClient(s.url, key, timeout=settings.request_timeout) for s in servers])
+        try:
+            yield group
+        finally:
+            await group.close()
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    for end in (process.terminate, process.kill):
+        if process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            end()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+
+
+def _tail(log: Path) -> str:
+    with contextlib.suppress(OSError):
+        return "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+    return "(no log)"
