@@ -7,7 +7,7 @@ place, `ServerClient._exchange`, with the URL and the request id.
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any, Literal
@@ -53,7 +53,7 @@ class ServerClient:
 
     # Generating.
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Generation]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Generation, None]:
         """Yield the samples of a request, each as soon as it is finished, in any order, each exactly once."""
         if self._group_stream is None:
             self._group_stream = bool((await self.info()).get("group_stream", False))
@@ -64,7 +64,7 @@ class ServerClient:
         finally:
             await samples.aclose()
 
-    async def _as_group(self, request: GenerationRequest) -> AsyncIterator[Generation]:
+    async def _as_group(self, request: GenerationRequest) -> AsyncGenerator[Generation, None]:
         """One request, one line for each finished sample."""
         body = {
             "rid": list(request.ids),
@@ -82,7 +82,7 @@ class ServerClient:
             if waiting:
                 raise ServerUnreachable(f"{self.url} stopped before {len(waiting)} samples", request=min(waiting))
 
-    async def _one_by_one(self, request: GenerationRequest) -> AsyncIterator[Generation]:
+    async def _one_by_one(self, request: GenerationRequest) -> AsyncGenerator[Generation, None]:
         """A request a sample, as SGLang understands it."""
         tasks = [
             asyncio.ensure_future(self._one(request, rid, seed))
@@ -204,17 +204,19 @@ class ServerGroup:
     """Several servers of one role as one `Generator`: each request goes where the fewest samples are outstanding.
 
     A request whose server dies goes on at another one with the samples that have not arrived; a server that failed
-    is asked last until it answers a control verb again.
+    is asked last until all servers have answered a control verb again. `diagnose` is called when no server is left;
+    it may raise an error that says more (the launcher's quotes a dead server's log).
     """
 
-    def __init__(self, clients: Sequence[ServerClient]) -> None:
+    def __init__(self, clients: Sequence[ServerClient], diagnose: Callable[[], None] = lambda: None) -> None:
         if not clients:
             raise ValueError("a group needs at least one server")
         self.clients = tuple(clients)
+        self._diagnose = diagnose
         self._outstanding = dict.fromkeys(self.clients, 0)
         self._failed: set[ServerClient] = set()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Generation]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Generation, None]:
         """As `Generator.generate`. Raises ServerUnreachable when no server is left to try."""
         untried = set(self.clients)
         left = request
@@ -232,11 +234,14 @@ class ServerGroup:
                 return
             except ServerUnreachable:
                 self._failed.add(client)
-                if not untried or not waiting:
+                if not untried:
+                    self._diagnose()
                     raise
+                if not waiting:
+                    return
             finally:
                 self._outstanding[client] -= len(waiting)
-                await samples.aclose()  # type: ignore[attr-defined]
+                await samples.aclose()
             left = GenerationRequest(
                 ids=tuple(waiting), seeds=tuple(waiting.values()), token_ids=left.token_ids, sampling=left.sampling
             )

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -47,9 +46,9 @@ def died(pid: int, code: int | None, log: Path) -> ServerError:
     return ServerError(f"server ended with status {code}; the end of {log}:\n{_tail(log)}", pid=pid)
 
 
-async def launch_one(settings: ServerSettings, log: Path, port: int | None = None) -> ServerProcess:
+async def launch_one(settings: ServerSettings, log: Path, port: int) -> ServerProcess:
     """Start one server and wait until it is healthy. Raises ServerError when it ends first or is too slow."""
-    settings = settings if port is None else settings.changed(port=port)
+    settings = settings.changed(port=port)
     reading, writing = os.pipe()
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = str(settings.threads)
@@ -99,12 +98,11 @@ async def _read_url(descriptor: int) -> str:
 
 
 @contextlib.asynccontextmanager
-async def launch(settings: ServerSettings, name: str = "server") -> AsyncIterator[list[ServerProcess]]:
-    """Start `settings.count` servers side by side; stop all at the end. Logs are `<log_folder>/<name>-<i>.log`."""
-    folder = Path(settings.log_folder or tempfile.mkdtemp(prefix="fapo-servers-"))
+async def processes(settings: ServerSettings, name: str, logs: Path) -> AsyncIterator[list[ServerProcess]]:
+    """Start `settings.count` servers side by side; stop all at the end. Logs are `<logs>/<name>-<i>.log`."""
     starting = [
         asyncio.ensure_future(
-            launch_one(settings, folder / f"{name}-{place}.log", settings.port + place if settings.port else None)
+            launch_one(settings, logs / f"{name}-{place}.log", settings.port + place if settings.port else 0)
         )
         for place in range(settings.count)
     ]
@@ -118,11 +116,17 @@ async def launch(settings: ServerSettings, name: str = "server") -> AsyncIterato
 
 
 @contextlib.asynccontextmanager
-async def open_group(settings: ServerSettings, name: str = "server") -> AsyncIterator[ServerGroup]:
+async def launch(settings: ServerSettings, name: str, logs: Path) -> AsyncIterator[ServerGroup]:
     """The servers of a role, started, as one group of clients."""
-    async with launch(settings, name) as servers:
+    async with processes(settings, name, logs) as servers:
+
+        def diagnose() -> None:
+            for server in servers:
+                server.check()
+
         key = settings.api_key()
-        group = ServerGroup([ServerClient(s.url, key, timeout=settings.request_timeout) for s in servers])
+        clients = [ServerClient(server.url, key, timeout=settings.request_timeout) for server in servers]
+        group = ServerGroup(clients, diagnose)
         try:
             yield group
         finally:

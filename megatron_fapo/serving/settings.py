@@ -39,7 +39,7 @@ class ServerSettings(Settings):
     max_running: Positive = 256
     """Samples that one server generates at the same time (SGLang: --max-running-requests)."""
     context_length: Positive = 4096
-    """Most tokens of prompt and answer together; the model's own limit where that is lower (SGLang: --context-length)."""
+    """Most tokens of prompt and answer together, or the model's own limit if lower (SGLang: --context-length)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and arithmetic."""
     deterministic: bool = False
@@ -52,8 +52,6 @@ class ServerSettings(Settings):
     """Seconds until a started server must be healthy."""
     request_timeout: Seconds = 600.0
     """Seconds that a client waits between two pieces of an answer."""
-    log_folder: str | None = None
-    """Where the servers write their logs; a temporary folder when null."""
 
     @model_validator(mode="after")
     def _reachable_only_with_a_key(self) -> Self:

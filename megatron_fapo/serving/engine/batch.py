@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from megatron_fapo.records import FinishReason
 from megatron_fapo.serving.engine.model import Model
 from megatron_fapo.serving.engine.sample import Answer, Sample
 from megatron_fapo.serving.engine.sampling import draw, uniforms
@@ -77,7 +78,7 @@ class Batch:
         logits = self.model.decode(tokens, positions, self.cache, length)
         return self._draw(logits, 0, rows, version)
 
-    def answer(self, row: int, reason: str | None = None, matched: int | str | None = None) -> Answer:
+    def answer(self, row: int, reason: FinishReason | None = None, matched: int | str | None = None) -> Answer:
         """The sample of a row as far as it has come."""
         count = self._count[row]
         return Answer(
@@ -85,7 +86,7 @@ class Batch:
             tokens=self._tokens[row, :count].copy(),
             logprobs=self._logprobs[row, :count].copy(),
             versions=self._versions[row, :count].copy(),
-            reason=reason,  # type: ignore[arg-type]
+            reason=reason,
             matched=matched,
             cached=int(self._cached[row]),
         )
@@ -181,16 +182,16 @@ class Batch:
         self._position[rows] += 1
         counts += 1
         stopped = (self._stops[rows] == tokens[:, None]).any(1)
-        ended = np.flatnonzero(stopped | (counts >= self._limit[rows])) + low
+        ended: list[int] = (np.flatnonzero(stopped | (counts >= self._limit[rows])) + low).tolist()
         answers = [
             self.answer(row, "stop", int(self._last[row])) if stopped[row - low] else self.answer(row, "length")
             for row in ended
         ]
         if self._watched[rows].any():
-            running = set((np.flatnonzero(self._watched[rows]) + low).tolist()) - set(ended.tolist())
+            running = set((np.flatnonzero(self._watched[rows]) + low).tolist()) - set(ended)
             answers.extend(self.answer(row) for row in sorted(running))
-        if len(ended):
-            self.remove(ended.tolist())
+        if ended:
+            self.remove(ended)
         return answers
 
     def _widen(self, width: int) -> None:

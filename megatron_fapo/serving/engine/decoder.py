@@ -16,6 +16,9 @@ from megatron_fapo.serving.engine.cache import KVCache
 
 ARCHITECTURES = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
+_MOST_PADDING = 1024
+"""A deterministic engine computes some positions more than the context is long."""
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, queries [N, heads, dim], keys [N, kv_heads, dim], values [N, kv_heads, dim]) -> [N, heads * dim]"""
 
@@ -93,6 +96,7 @@ class Decoder:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, context_length: int) -> None:
         self.shape = shape
+        self.vocabulary = shape.vocabulary
         self.dtype = dtype
         self.parameters: dict[str, Tensor] = {}
         """Hugging Face name -> the tensor that the model computes with; a tied lm_head is not listed twice."""
@@ -102,7 +106,7 @@ class Decoder:
         self._norm = self._new("model.norm.weight", s.hidden)
         self._head = self._embedding if s.tied else self._new("lm_head.weight", s.vocabulary, s.hidden)
         self._cos, self._sin = _rotary_tables(s, context_length, dtype)
-        self._ages = torch.arange(context_length)
+        self._ages = torch.arange(context_length + _MOST_PADDING)
 
     def new_cache(self) -> KVCache:
         """An empty cache for this model's keys and values."""
@@ -169,7 +173,7 @@ class Decoder:
             qk, v = qkv[:, : s.heads + s.kv_heads], qkv[:, s.heads + s.kv_heads :]
             if layer.qk_norm is not None:
                 qk = F.rms_norm(qk, (s.head_dim,), None, s.epsilon) * layer.qk_norm
-            halves = qk.unflatten(-1, (2, s.head_dim // 2)).flip(-2).flatten(-2)
+            halves = qk.reshape(n, -1, 2, s.head_dim // 2).flip(-2).view(qk.shape)
             qk = torch.addcmul(qk * cos, halves, sin)
             attended = attend(index, qk[:, : s.heads], qk[:, s.heads :], v)
             x = torch.addmm(x, attended, layer.out.t())
@@ -190,7 +194,7 @@ class Decoder:
     def _new_fused(self, names: list[str], rows: list[int], *rest: int) -> Tensor:
         """One tensor whose consecutive rows are the named parameters."""
         whole = torch.empty(sum(rows), *rest, dtype=self.dtype)
-        self.parameters.update(zip(names, whole.split(rows), strict=True))
+        self.parameters.update(zip(names, torch.split(whole, rows), strict=True))
         return whole
 
     def _new_layer(self, prefix: str) -> _Layer:

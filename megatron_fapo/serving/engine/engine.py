@@ -13,6 +13,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from megatron_fapo.errors import FapoError, RequestRejected, ServerError
 from megatron_fapo.records import Bucket
 from megatron_fapo.serving.engine.batch import Batch
@@ -33,12 +35,16 @@ class Engine:
         self,
         model: Model,
         weights: Weights,
+        *,
         max_running: int,
+        threads: int,
         granularity: int,
         find_stop: Callable[[Answer], str | None],
     ) -> None:
         self.weights = weights
         self.max_running = max_running
+        self._threads = threads
+        self._batch_invariant = granularity > 1
         self.versions = ["default"]
         """Every weight version so far; a token's version is an index into it."""
         self._batch = Batch(model, max_running, granularity)
@@ -215,10 +221,11 @@ class Engine:
     # The thread.
 
     def _run(self) -> None:
+        torch.set_num_threads(self._threads)
         try:
             while self._next():
                 pass
-        except BaseException as error:  # noqa: BLE001 - the server reports it in /health and ends
+        except BaseException as error:
             log.exception("the engine's thread ended")
             self.failure = error
             self._fail_everything(error)
@@ -256,15 +263,19 @@ class Engine:
             future.set_result(result)
 
     def _admit(self) -> None:
-        """Prefill waiting samples while rows are free; contexts of one length go together."""
+        """Prefill waiting samples while rows are free; contexts of one length go together.
+
+        In a deterministic engine only equal contexts do, so that the shape of a prefill depends on its prompt alone.
+        """
         free = self.max_running - len(self._batch)
         if not free or not self._waiting:
             return
         admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        by_length: dict[int, list[Sample]] = {}
+        together: dict[object, list[Sample]] = {}
         for sample in admitted:
-            by_length.setdefault(len(sample.prompt) + len(sample.tokens), []).append(sample)
-        for samples in by_length.values():
+            context = sample.context
+            together.setdefault(context.tobytes() if self._batch_invariant else len(context), []).append(sample)
+        for samples in together.values():
             self._deliver(self._batch.add(samples, len(self.versions) - 1))
 
     def _deliver(self, answers: list[Answer]) -> None:

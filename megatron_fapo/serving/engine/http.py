@@ -6,13 +6,12 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 
 from megatron_fapo.errors import DataError, FapoError, RequestRejected, WeightsError
 from megatron_fapo.serving.engine import protocol
-from megatron_fapo.serving.engine.engine import Engine
 from megatron_fapo.serving.engine.protocol import Json, Limits, Parsed
 from megatron_fapo.serving.engine.sample import Answer
 from megatron_fapo.serving.engine.text import Text
@@ -22,14 +21,24 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 TAGS = ("weights", "kv_cache")
 _BODY_LIMIT = 256 * 2**20
 
+if TYPE_CHECKING:  # torch is imported after the port is open
+    from megatron_fapo.serving.engine.engine import Engine, PauseMode
+
 log = logging.getLogger(__name__)
 
 
 class Routes:
-    """Handlers over one engine. `open` goes true when the engine is ready to answer."""
+    """Handlers over one engine. Everything is answered 503 until `open`."""
 
-    def __init__(self, settings: ServerSettings, limits: Limits, text: Text, engine: Engine) -> None:
-        self._settings, self._limits, self._text, self._engine = settings, limits, text, engine
+    def __init__(self, settings: ServerSettings, text: Text) -> None:
+        self._settings, self._text, self._key = settings, text, settings.api_key()
+        self._engine: Engine
+        self._limits: Limits
+        self._open = False
+
+    def open(self, engine: "Engine", limits: Limits) -> None:
+        """From now on requests reach the engine."""
+        self._engine, self._limits, self._open = engine, limits, True
 
     def application(self) -> web.Application:
         """The aiohttp application."""
@@ -60,10 +69,11 @@ class Routes:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Check the key, and turn errors into JSON bodies."""
-        key = self._settings.api_key()
         given = request.headers.get("Authorization", "")
-        if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        if self._key is not None and not hmac.compare_digest(given.encode(), f"Bearer {self._key}".encode()):
             return _error(401, "wrong or missing API key: send Authorization: Bearer KEY")
+        if not self._open:
+            return _error(503, "the model is being loaded")
         try:
             return await handler(request)
         except web.HTTPException as error:
@@ -229,7 +239,7 @@ class Routes:
         mode = (await _body(request)).get("mode") or "abort"
         if mode not in ("in_place", "retract", "abort"):
             raise RequestRejected(f"mode {mode!r}: must be in_place, retract or abort")
-        running = await self._engine.call(lambda: self._engine.pause(mode))
+        running = await self._engine.call(lambda: self._engine.pause(cast("PauseMode", mode)))
         return web.json_response({"success": True, "status": "paused", "mode": mode, "running": running})
 
     async def proceed(self, request: web.Request) -> web.Response:

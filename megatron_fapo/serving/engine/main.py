@@ -10,12 +10,16 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fapo.errors import FapoError
 from megatron_fapo.serving.engine.http import Routes, listen, run_forever, runner
-from megatron_fapo.serving.engine.protocol import Limits
 from megatron_fapo.serving.engine.text import Text
 from megatron_fapo.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from megatron_fapo.serving.engine.engine import Engine
+    from megatron_fapo.serving.engine.protocol import Limits
 
 log = logging.getLogger(__name__)
 
@@ -27,23 +31,32 @@ def serve(settings: ServerSettings, ready: Callable[[str], None] = lambda url: N
 
     Raises ConfigError and DataError for settings or a model that cannot be served.
     """
-    from megatron_fapo.serving.engine.start import build_engine, limits
-
     settings.api_key()
     text = Text(Path(settings.model))
-    engine = build_engine(settings, text)
+    routes = Routes(settings, text)
 
     async def main(stop: asyncio.Event) -> None:
-        engine.start(asyncio.get_running_loop())
-        app_runner = runner(Routes(settings, limits(settings), text, engine).application())
-        port = await listen(app_runner, settings.host, settings.port)
-        ready(f"http://{settings.host}:{port}")
-        log.info("serving %s on %s:%d", settings.model, settings.host, port)
-        await stop.wait()
-        engine.stop()
-        await app_runner.cleanup()
+        app_runner = runner(routes.application())
+        try:
+            port = await listen(app_runner, settings.host, settings.port)
+            # Routes answer 503 meanwhile; torch is imported there, not before the port is open.
+            engine, limits = await asyncio.to_thread(_load, settings, text)
+            engine.start(asyncio.get_running_loop())
+            routes.open(engine, limits)
+            log.info("serving %s on %s:%d", settings.model, settings.host, port)
+            ready(f"http://{settings.host}:{port}")
+            await stop.wait()
+            engine.stop()
+        finally:
+            await app_runner.cleanup()
 
     run_forever(main)
+
+
+def _load(settings: ServerSettings, text: Text) -> "tuple[Engine, Limits]":
+    from megatron_fapo.serving.engine import start
+
+    return start.build_engine(settings, text), start.limits(settings)
 
 
 def _end_with_parent() -> None:

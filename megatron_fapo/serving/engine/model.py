@@ -12,6 +12,7 @@ class Model(Protocol):
 
     parameters: dict[str, Tensor]
     """Hugging Face name -> the tensor that the model computes with; tied weights once."""
+    vocabulary: int
 
     def new_cache(self) -> KVCache:
         """An empty cache for this model's keys and values."""

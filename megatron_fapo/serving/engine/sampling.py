@@ -21,7 +21,7 @@ def _mix(x: Seeds) -> Seeds:
 def uniforms(seeds: Seeds, steps: Seeds) -> npt.NDArray[np.float64]:
     """Uniform numbers in [0, 1) for [R] seeds and [R] token numbers: a counter-based generator."""
     mixed = _mix(_mix(seeds * _GOLDEN + _GOLDEN) ^ (steps * _MIX_1))
-    return (mixed >> _11) * 2.0**-53
+    return (mixed >> _11).astype(np.float64) * 2.0**-53
 
 
 def draw(
@@ -49,13 +49,13 @@ def draw(
 def _inverse_cdf(probabilities: Tensor, numbers: Tensor) -> Tensor:
     """[R, 1] first index whose cumulated probability exceeds the number; float64, for large vocabularies."""
     cumulated = probabilities.cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(cumulated, numbers * cumulated[:, -1:], right=True)
+    tokens: Tensor = torch.searchsorted(cumulated, numbers * cumulated[:, -1:], right=True)
     return tokens.clamp_(max=probabilities.shape[1] - 1)
 
 
 def _nucleus(probabilities: Tensor, top_ps: Tensor, numbers: Tensor) -> Tensor:
     """Inverse CDF over the fewest most likely tokens whose probabilities reach `top_ps` [R, 1]."""
-    ordered, ids = probabilities.sort(-1, descending=True, stable=True)
+    ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1, dtype=torch.float64) - ordered
     kept = ordered.masked_fill(before >= top_ps, 0.0)
     return ids.gather(1, _inverse_cdf(kept, numbers))

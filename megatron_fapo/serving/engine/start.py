@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from megatron_fapo.errors import ConfigError
 from megatron_fapo.serving.engine import decoder
 from megatron_fapo.serving.engine.engine import Engine
+from megatron_fapo.serving.engine.invariance import find_granularity
 from megatron_fapo.serving.engine.model import Model
 from megatron_fapo.serving.engine.protocol import Limits
 from megatron_fapo.serving.engine.text import Text
@@ -17,7 +17,7 @@ from megatron_fapo.serving.settings import ServerSettings
 
 def context_length(settings: ServerSettings, config: dict[str, Any]) -> int:
     """Tokens that prompt and answer may have together."""
-    return min(settings.context_length, config.get("max_position_embeddings", settings.context_length))
+    return min(settings.context_length, int(config.get("max_position_embeddings", settings.context_length)))
 
 
 def build_engine(settings: ServerSettings, text: Text) -> Engine:
@@ -30,11 +30,20 @@ def build_engine(settings: ServerSettings, text: Text) -> Engine:
     if decoder.supports(config):
         model = decoder.Decoder(decoder.Shape.read(config), dtype, context_length(settings, config))
     else:
-        raise ConfigError(f"{folder}: architecture {config.get('architectures')} is not supported")
+        # Transformers takes seconds to import; most models do without.
+        from megatron_fapo.serving.engine.hugging_face import HuggingFaceModel
+
+        model = HuggingFaceModel(folder, config, dtype, context_length(settings, config))
     weights = Weights(model)
     weights.load(folder)
-    granularity = 16 if settings.deterministic else 1
-    return Engine(model, weights, settings.max_running, granularity, text.find_stop)
+    return Engine(
+        model,
+        weights,
+        max_running=settings.max_running,
+        threads=settings.threads,
+        granularity=find_granularity(model, settings.max_running) if settings.deterministic else 1,
+        find_stop=text.find_stop,
+    )
 
 
 def limits(settings: ServerSettings) -> Limits:

@@ -114,7 +114,7 @@ class Weights:
         if not self.released:
             return
         for tensor in self._model.parameters.values():
-            needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+            needed = (int(tensor.storage_offset()) + tensor.numel()) * tensor.element_size()
             storage = tensor.untyped_storage()
             if storage.nbytes() < needed:
                 storage.resize_(needed)
@@ -169,4 +169,5 @@ class Weights:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The tensor's own bytes, without a copy; all parameters are contiguous."""
-    return memoryview(tensor.detach().view(torch.uint8).flatten().numpy())
+    data: memoryview = tensor.detach().view(torch.uint8).flatten().numpy().data
+    return data
