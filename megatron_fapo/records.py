@@ -5,7 +5,7 @@ Token ids and log-probabilities are numpy arrays, set read-only here because `fr
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -229,6 +229,8 @@ class MicroBatch:
     logprobs: Floats
     """[T] behaviour log-probs."""
     temperature: float
+    versions: Ints = field(default_factory=lambda: ints([]))
+    """[n] oldest weight version that a token of each rollout was drawn with; empty where there is none."""
 
     def __post_init__(self) -> None:
         tokens = len(self.token_ids)
@@ -269,7 +271,8 @@ class UpdateReport:
     clipped_share: float
     """Share of loss tokens whose gradient the PPO clip cut off."""
     kl_behaviour: float
-    """Token mean of (exp(d) - 1 - d), d = behaviour - current log-prob with the sign of k3: KL(behaviour ‖ current)."""
+    """k3 estimate of KL(behaviour ‖ current): mean of exp(d) - 1 - d, d = current - behaviour log-prob, over the loss
+    tokens that went through the model."""
     loss_tokens: int
     tokens: int
     """Tokens that went through the model."""

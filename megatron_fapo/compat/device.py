@@ -1,0 +1,87 @@
+"""What a CPU and a CUDA device differ in: one table, and the only place that asks which of the two is here."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from megatron_fapo.compat import megatron_cpu  # before torch: it switches torch.compile off
+
+import torch  # isort: skip
+
+
+def _nothing() -> None:
+    """CUDA needs no patches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """The facts that the policy needs of the machine it runs on."""
+
+    name: Literal["cpu", "cuda"]
+    backend: str
+    """Backend of torch.distributed."""
+    spec: Literal["local", "transformer_engine"]
+    """Layers of our own modules on plain torch, or of Transformer Engine."""
+    transformer_flags: Mapping[str, Any] = field(default_factory=dict)
+    """TransformerConfig fields that depend on the device: fusions and the place of initialisation."""
+    fused_adam: bool
+    """Whether torch's AdamW is switched to its fused kernel (on CUDA, Transformer Engine and Apex bring their own)."""
+    install: Callable[[], None]
+    """Patches of the whole process, installed once before anything of Megatron is built."""
+    active: Callable[[], AbstractContextManager[Any]]
+    """Patches of a stretch of code: every call into Megatron runs inside `with device.active():`."""
+
+    def torch_device(self) -> torch.device:
+        """Where tensors live; on CUDA, the device that this process was given."""
+        return torch.device(self.name, torch.cuda.current_device()) if self.name == "cuda" else torch.device("cpu")
+
+
+NO_FUSIONS: Mapping[str, Any] = {
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "persist_layer_norm": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+}
+"""Kernels that need Transformer Engine or Apex, switched off."""
+
+CPU = Device(
+    name="cpu",
+    backend="gloo",
+    spec="local",
+    transformer_flags={**NO_FUSIONS, "use_cpu_initialization": True},
+    fused_adam=True,
+    install=megatron_cpu.install,
+    active=megatron_cpu.active,
+)
+
+CUDA_PLAIN = Device(
+    name="cuda",
+    backend="nccl",
+    spec="local",
+    transformer_flags=NO_FUSIONS,
+    fused_adam=True,
+    install=_nothing,
+    active=nullcontext,
+)
+"""CUDA without Transformer Engine."""
+
+CUDA = Device(
+    name="cuda",
+    backend="nccl",
+    spec="transformer_engine",
+    transformer_flags={},
+    fused_adam=False,
+    install=_nothing,
+    active=nullcontext,
+)
+
+
+def current() -> Device:
+    """The device of this machine."""
+    if not torch.cuda.is_available():
+        return CPU
+    return CUDA if find_spec("transformer_engine") else CUDA_PLAIN

@@ -1,0 +1,176 @@
+"""megatron-core 0.16.1, unmodified, on a machine without CUDA.
+
+Megatron asks torch for CUDA devices, tensors and streams by name. These patches answer such questions with the
+CPU. They hook torch rather than lines of Megatron wherever that is possible, are installed once per process by
+`install()`, and are absent where CUDA exists. Numbers are those of the tests in `tests/compat`, each of which
+fails once upstream no longer needs the patch.
+
+| | patch | asked for by |
+|---|---|---|
+| P1 | `torch.cuda.current_device` answers the CPU | buffers, norms, everything |
+| P2 | `torch.cuda.synchronize` does nothing | pipeline p2p, saving checkpoints |
+| P3 | device="cuda" in torch calls means the CPU; `.cuda()` is the identity; `.type()` says torch.cuda.* | everything |
+| P4 | the named random streams live in the CPU generator | `model_parallel_cuda_manual_seed` |
+| P5 | torch.compile off (`TORCHDYNAMO_DISABLE`) | nothing: it saves 40 MB and start-up time a rank |
+| P10 | `step` of torch's Adam: created before a checkpoint is loaded, one per parameter | DistributedOptimizer |
+| P11 | checkpoint files are written by this process, not by a forked child | saving checkpoints |
+
+P6 to P9 (pinned memory, streams, mixture of experts) belong to layouts that are not built yet.
+"""
+
+import os
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # P5: read when torch is imported
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+UPSTREAM = "0.16.1"
+"""The version of megatron-core that these patches were written for."""
+
+CPU = torch.device("cpu")
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """P3: while active, a request for a CUDA tensor through the torch API gets a CPU tensor."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Rewrite the device of one torch call."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizers compare with "torch.cuda.FloatTensor"
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": CPU}
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+_installed = False
+
+
+def install() -> None:
+    """Install the patches of the whole process (all but P3). Does nothing a second time, or where CUDA exists."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]  # P1
+    torch.cuda.synchronize = lambda device=None: None  # P2
+    _cpu_random_streams()
+    _separate_adam_steps()
+    _write_without_forking()
+    _installed = True
+
+
+def active() -> AbstractContextManager[Any]:
+    """P3 for the body of a `with` block, in this thread: every call into Megatron runs inside one."""
+    return CudaMeansCpu()
+
+
+def _cpu_random_streams() -> None:
+    """P4: Megatron's named random streams, kept as states of the CPU generator."""
+    from megatron.core.tensor_parallel import random as streams
+
+    class CpuStreams(streams.CudaRNGStatesTracker):  # type: ignore[misc]
+        def add(self, name: str, seed: int) -> None:
+            if seed in self.seeds_ or name in self.states_:
+                raise ValueError(f"random stream {name!r} with seed {seed} exists already")
+            self._is_initialized = True
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextmanager
+        def fork(self, name: str = streams._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    streams._CUDA_RNG_STATE_TRACKER = CpuStreams()
+    streams._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    # asked for by activation recompute only, which saves and restores the CPU state beside them
+    streams._get_cuda_rng_state = lambda *args, **kwargs: None
+    streams._set_cuda_rng_state = lambda *args, **kwargs: None
+
+
+def _separate_adam_steps() -> None:
+    """P10: on loading, every parameter keeps a `step` of its own.
+
+    Without Transformer Engine and Apex the optimizer is torch's, whose state has a `step` that Megatron neither
+    saves per parameter nor knows here: `load_state_dict` hands one tensor to all, and the first update then
+    counts once per parameter. Seen in 0.16.1 to 0.19.2.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @torch.no_grad()
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = {**tensors, "step": state["step"]}
+        original(self, model_param, tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def prepare_adam_for_loading(optimizer: Any) -> None:
+    """P10: give torch's Adam the state that it creates at its first step, so that a checkpoint can be loaded into it."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups if part.optimizer is not None else ():
+            for param in group["params"]:
+                if not part.optimizer.state[param]:
+                    part.optimizer.state[param] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
+
+
+def _write_without_forking() -> None:
+    """P11: a save writes its files in this process.
+
+    Upstream forks a writer for each file, out of a process that has gloo's and OpenMP's threads, and waits for it
+    without end: a writer that dies (a full disk, a missing psutil) leaves the rank waiting for ever.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer = filesystem_async.FileSystemWriterAsync
+    results: queue.Queue[Any] = queue.Queue()
+
+    def write(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results_queue: Any) -> None:
+        written: dict[int, Any] = {}
+        for number, bucket in enumerate(buckets):
+            answers: queue.Queue[Any] = queue.Queue()
+            pending: queue.Queue[int] = queue.Queue()
+            pending.put(number)
+            writer.write_preloaded_data(transforms, number, bucket, answers, pending, True, use_msc=use_msc)
+            _, outcome = answers.get()
+            if isinstance(outcome, Exception):
+                results_queue.put(outcome)
+                return
+            written[number] = outcome
+        results_queue.put(written)
+
+    writer.write_preloaded_data_multiproc = staticmethod(write)
+    filesystem_async._get_write_results_queue = lambda: results

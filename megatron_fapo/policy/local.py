@@ -1,0 +1,151 @@
+"""Ranks as plain processes of this machine, without Ray: for tests, tools and the supervised warm-up."""
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, Self, cast
+
+from megatron_fapo.batch.layout import Layout
+from megatron_fapo.errors import FapoError, PolicyError
+from megatron_fapo.policy.settings import PolicySettings
+
+
+class LocalRanks:
+    """All ranks of a policy, each in a process of its own. Use as a context manager.
+
+    Consumes: method names and arguments. Waits for: all ranks' answers. Unblocked by: the last answer, the first
+    failure, or a rank's death; after a failure the other ranks, which may wait for the failed one, are ended.
+    """
+
+    def __init__(self, settings: PolicySettings, seed: int = 0) -> None:
+        context = multiprocessing.get_context("spawn")
+        os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        world = settings.parallel.world
+        for rank in range(world):
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(there,), name=f"policy-rank-{rank}", daemon=False)
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+        try:
+            host, port = self._one(0, "address")
+            layouts = self.call_each("setup", [(rank, world, host, port, settings, seed) for rank in range(world)])
+        except BaseException:
+            self.end()
+            raise
+        self.layout: Layout = layouts[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._pipes)
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of `PolicyRank` on all ranks with the same arguments; answers in the order of ranks.
+
+        Raises the first failure, of whichever rank it is.
+        """
+        return self.call_each(method, [args] * len(self._pipes))
+
+    def call_each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The same with arguments of its own for each rank."""
+        if not self._pipes:
+            raise PolicyError(f"{method}: the ranks have ended")
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send((method, args[rank]))
+            except OSError:
+                raise self._death(rank, method) from None
+        answers: dict[int, Any] = {}
+        while len(answers) < len(self._pipes):
+            waiting = {id(pipe): rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            for ready in wait([self._pipes[rank] for rank in waiting.values()]):
+                rank = waiting[id(ready)]
+                answers[rank] = self._answer(rank, method)
+        return [answers[rank] for rank in range(len(self._pipes))]
+
+    def close(self) -> None:
+        """Let the ranks leave their groups and end."""
+        if self._pipes:
+            try:
+                self.call("shutdown")
+            finally:
+                self.end()
+
+    def end(self) -> None:
+        """End the processes at once."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.terminate()
+            process.join()
+        self._pipes, self._processes = [], []
+
+    def _one(self, rank: int, method: str, *args: Any) -> Any:
+        self._pipes[rank].send((method, args))
+        return self._answer(rank, method)
+
+    def _answer(self, rank: int, method: str) -> Any:
+        try:
+            good, answer = self._pipes[rank].recv()
+        except (EOFError, ConnectionError):
+            raise self._death(rank, method) from None
+        if good:
+            return answer
+        self.end()
+        raise cast(Exception, answer)
+
+    def _death(self, rank: int, method: str) -> PolicyError:
+        self._processes[rank].join(timeout=5)
+        code = self._processes[rank].exitcode
+        self.end()
+        return PolicyError(f"a rank died in {method}() with exit code {code}", rank=rank)
+
+
+def serve(pipe: Connection) -> None:
+    """The body of a rank's process: answer calls until the other end is gone.
+
+    Consumes: (method, args). Waits for: the driver. Unblocked by: a call, or the end of the pipe.
+    """
+    from megatron_fapo.policy.rank import PolicyRank  # loads torch and Megatron, here and not in the driver
+
+    rank = PolicyRank()
+    while True:
+        try:
+            method, args = pipe.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            answer: tuple[bool, Any] = (True, getattr(rank, method)(*args))
+        except FapoError as error:
+            answer = (False, error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it reaches the driver, which raises it
+            answer = (False, _translated(error, method, args))
+        pipe.send(answer)
+
+
+def _translated(error: Exception, method: str, args: tuple[Any, ...]) -> PolicyError:
+    import torch.distributed as dist
+
+    rank = dist.get_rank() if dist.is_initialized() else args[0] if method == "setup" else "?"
+    failure = PolicyError(f"{method}() failed: {type(error).__name__}: {error}", rank=rank)
+    failure.add_note("".join(_lines(error)))
+    return failure
+
+
+def _lines(error: Exception) -> list[str]:
+    import traceback
+
+    return traceback.format_exception(error)

@@ -1,0 +1,147 @@
+"""Build a Megatron model and its optimizer from a Hugging Face folder."""
+
+import logging
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from megatron_fapo.compat.device import Device  # before torch and megatron
+
+import torch  # isort: skip
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from transformers import AutoConfig
+
+from megatron_fapo.batch.layout import Layout
+from megatron_fapo.compat.bridge import make_bridge
+from megatron_fapo.errors import ConfigError
+from megatron_fapo.policy.settings import PolicySettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """One rank's part of the policy."""
+
+    bridge: Any
+    """mbridge's knowledge of names and shapes."""
+    module: Any
+    """The bare GPTModel of this pipeline stage."""
+    parallel: Any
+    """The same behind Megatron's data parallelism: what schedules and optimizer get."""
+    optimizer: Any
+    config: Any
+    """Megatron's TransformerConfig."""
+
+
+def connect(rank: int, address: str, port: int, settings: PolicySettings, device: Device, seed: int) -> Layout:
+    """Join the ranks' process groups and seed the random streams. Waits for all ranks, `settings.timeout` at most."""
+    parallel = settings.parallel
+    torch.set_num_threads(settings.threads)
+    # warn_only: what has no deterministic form on this device is named in the log rather than refused
+    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    dist.init_process_group(
+        device.backend,
+        init_method=f"tcp://{address}:{port}",
+        rank=rank,
+        world_size=parallel.world,
+        timeout=timedelta(seconds=settings.timeout),
+    )
+    with device.active():
+        parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, create_gloo_process_groups=False)
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+    return Layout(tp=parallel.tensor, pp=parallel.pipeline, dp=parallel.data)
+
+
+def build(settings: PolicySettings, device: Device) -> Model:
+    """Build this rank's part with the weights of `settings.model`, and its optimizer. Collective over all ranks."""
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    hf_config = AutoConfig.from_pretrained(settings.model)
+    check_layout(hf_config, settings)
+    bridge = make_bridge(
+        hf_config,
+        device,
+        dtype,
+        settings.parallel.tensor,
+        variable_seq_lengths=True,
+        batch_p2p_comm=False,
+        overlap_p2p_comm=False,
+        deallocate_pipeline_outputs=False,  # with gloo a freed output can still be on its way
+        calculate_per_token_loss=True,  # gradients are summed: the loss carries its own 1 / tokens
+    )
+    module = bridge._model_provider([])(
+        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
+    )
+    module.model_type = ModelType.encoder_or_decoder
+    for param in module.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+    bridge.load_weights([module], str(settings.model))
+    module.to(device.torch_device())
+    parallel = _data_parallel(module, bridge.config, settings)
+    optimizer = _optimizer(parallel, settings, device)
+    bridge.config.finalize_model_grads_func = _finalize
+    bridge.config.grad_scale_func = optimizer.scale_loss
+    log.info("rank %d holds %d parameters", dist.get_rank(), sum(p.numel() for p in module.parameters()))
+    return Model(bridge=bridge, module=module, parallel=parallel, optimizer=optimizer, config=bridge.config)
+
+
+def check_layout(hf_config: Any, settings: PolicySettings) -> None:
+    """Refuse a layout that does not divide the model, naming what it does not divide."""
+    tensor, pipeline = settings.parallel.tensor, settings.parallel.pipeline
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(hf_config, key) % tensor:
+            raise ConfigError(f"policy.parallel.tensor={tensor} does not divide {key}={getattr(hf_config, key)}")
+    if hf_config.num_hidden_layers % pipeline:
+        layers = hf_config.num_hidden_layers
+        raise ConfigError(f"policy.parallel.pipeline={pipeline} does not divide num_hidden_layers={layers}")
+
+
+def _data_parallel(module: Any, config: Any, settings: PolicySettings) -> Any:
+    inner = Float16Module(config, module) if settings.dtype == "bfloat16" else module
+    return DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=settings.optimizer.distributed,
+            overlap_grad_reduce=False,
+            check_for_nan_in_grad=False,  # the gradient norm is checked, and its error names the step
+        ),
+        inner,
+    )
+
+
+def _optimizer(parallel: Any, settings: PolicySettings, device: Device) -> Any:
+    chosen = settings.optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=chosen.learning_rate,
+            min_lr=0.0,
+            weight_decay=chosen.weight_decay,
+            adam_beta1=chosen.beta1,
+            adam_beta2=chosen.beta2,
+            adam_eps=chosen.epsilon,
+            clip_grad=chosen.clip_grad,
+            use_distributed_optimizer=chosen.distributed,
+            bf16=settings.dtype == "bfloat16",
+            params_dtype=getattr(torch, settings.dtype),
+        ),
+        [parallel],
+        use_gloo_process_groups=False,
+    )
+    if device.fused_adam:
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False
+    return optimizer
+
+
+def _finalize(models: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+    """Reduce gradients over ranks, without Megatron's own division by the tokens it saw."""
+    finalize_model_grads(models, None, **kwargs)

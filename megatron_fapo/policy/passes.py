@@ -1,0 +1,148 @@
+"""Forward and backward passes over the microbatches of a rank, through Megatron's pipeline schedule."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_fapo.algorithm.losses import TokenLosses
+from megatron_fapo.policy.forward import Padded, chosen_logprobs
+from megatron_fapo.policy.model import Model
+
+LossFunction = Callable[[torch.Tensor, Padded], TokenLosses]
+"""From log-probs [N] of the chosen tokens to their losses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Sums over the loss tokens of a mini-batch that went through the model, over all ranks."""
+
+    loss: float
+    clipped: float
+    kl: float
+    chosen: int
+    """Loss tokens that went through the model."""
+    mismatch: float
+    """Sum of |behaviour - current log-prob|."""
+    mismatch_max: float
+    tokens: int
+    positions: int
+    """Token positions computed, padding included."""
+
+
+def forward_backward(
+    model: Model, microbatches: Sequence[Padded], loss_function: LossFunction, num_loss_tokens: int
+) -> Totals:
+    """Accumulate the gradient of sum(loss) / num_loss_tokens over all ranks. Collective.
+
+    The division by the tokens of the *global* mini-batch happens here, in each microbatch's own loss; Megatron
+    then only sums gradients, so the result does not depend on how sequences were dealt to ranks.
+    """
+
+    def loss(padded: Padded, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logprobs = chosen_logprobs(logits, padded, model.bridge.hf_config.vocab_size)
+        losses = loss_function(logprobs, padded)
+        with torch.no_grad():
+            gap = (logprobs - padded.behaviour).abs()
+            sums = [losses.loss.sum(), losses.clipped.sum(), losses.kl.sum(), gap.sum()]
+            seen = torch.stack([*sums, gap.max() if len(gap) else gap.sum()])
+        return losses.loss.sum() / num_loss_tokens, _ONE, seen
+
+    seen = _schedule(model, microbatches, loss, forward_only=False)
+    return _totals(seen, microbatches)
+
+
+@torch.no_grad()
+def logprobs(model: Model, microbatches: Sequence[Padded]) -> list[torch.Tensor]:
+    """Log-probs [N] of the chosen tokens of each microbatch, on every stage of the pipeline. Collective."""
+
+    def keep(padded: Padded, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        values = chosen_logprobs(logits, padded, model.bridge.hf_config.vocab_size)
+        return values.new_zeros(()), _ONE, values
+
+    found = _schedule(model, microbatches, keep, forward_only=True)
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return found
+    everywhere = found or [padded.behaviour.clone() for padded in microbatches]
+    for values in everywhere:
+        _broadcast_from_last_stage(values)
+    return everywhere
+
+
+_ONE = torch.tensor(1, dtype=torch.int)
+"""Megatron's per-token protocol wants a token count; ours is in the loss already."""
+
+
+def _schedule(
+    model: Model, microbatches: Sequence[Padded], loss: Callable[..., Any], forward_only: bool
+) -> list[torch.Tensor]:
+    def step(batches: Iterator[Padded], part: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        padded = next(batches)
+        return part(padded.tokens, padded.positions, None), partial(loss, padded)
+
+    rows, width = microbatches[0].tokens.shape
+    found: list[torch.Tensor] = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(microbatches),
+        model=[model.parallel],
+        num_microbatches=len(microbatches),
+        seq_length=width,  # with variable_seq_lengths stages tell each other the true shapes
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
+    return found
+
+
+def _totals(seen: Sequence[torch.Tensor], microbatches: Sequence[Padded]) -> Totals:
+    """Sum what the last stage saw over data-parallel ranks; every rank returns the same."""
+    row = torch.zeros(8, dtype=torch.float64, device=microbatches[0].tokens.device)
+    if seen:
+        table = torch.stack(list(seen)).double()
+        row[:4], row[4] = table[:, :4].sum(0), table[:, 4].max()
+    row[5] = sum(len(padded.chosen) for padded in microbatches)
+    row[6] = sum(padded.real_tokens for padded in microbatches)
+    row[7] = sum(padded.tokens.numel() for padded in microbatches)
+    ranks = parallel_state.get_data_parallel_world_size()
+    rows = [torch.empty_like(row) for _ in range(ranks)]
+    if ranks > 1:
+        dist.all_gather(rows, row, group=parallel_state.get_data_parallel_group())
+    else:
+        rows = [row]
+    table = torch.stack(rows)
+    _broadcast_from_last_stage(table)
+    loss, clipped, kl, mismatch, _, chosen, tokens, positions = table.sum(0).tolist()
+    return Totals(
+        loss=loss,
+        clipped=clipped,
+        kl=kl,
+        chosen=int(chosen),
+        mismatch=mismatch,
+        mismatch_max=float(table[:, 4].max()),
+        tokens=int(tokens),
+        positions=int(positions),
+    )
+
+
+def _broadcast_from_last_stage(values: torch.Tensor) -> None:
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(values, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+
+
+def mismatch(values: Sequence[torch.Tensor], microbatches: Sequence[Padded]) -> tuple[float, float]:
+    """Mean and largest |behaviour - current log-prob| over the loss tokens of all ranks. Collective.
+
+    `values` are the current log-probs of the chosen tokens of this rank's `microbatches`.
+    """
+    gaps = torch.cat([(row - padded.behaviour).abs() for row, padded in zip(values, microbatches, strict=True)])
+    sums = torch.tensor([float(gaps.double().sum()), float(len(gaps))], dtype=torch.float64, device=gaps.device)
+    largest = gaps.max() if len(gaps) else gaps.sum()
+    group = parallel_state.get_data_parallel_group()
+    dist.all_reduce(sums, group=group)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return float(sums[0]) / max(float(sums[1]), 1.0), float(largest)

@@ -1,0 +1,250 @@
+"""One process, one rank of the policy: plain methods with picklable arguments.
+
+It runs as a Ray actor, under torchrun, or in a spawned process (`policy.local`); it knows none of them. Methods
+marked *collective* wait for all ranks: call them on every rank with the same arguments.
+"""
+
+import dataclasses
+import math
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_fapo.compat.device import Device, current  # before torch and megatron
+
+import torch.distributed as dist  # isort: skip
+import torch
+from megatron.core import parallel_state
+
+from megatron_fapo.algorithm.losses import TokenLosses, ppo_loss, supervised_loss
+from megatron_fapo.algorithm.settings import LossSettings
+from megatron_fapo.batch.layout import Layout
+from megatron_fapo.errors import Diverged, PolicyError
+from megatron_fapo.policy import checkpoint, export, forward, passes
+from megatron_fapo.policy.forward import Padded
+from megatron_fapo.policy.model import Model, build, connect
+from megatron_fapo.policy.schedule import learning_rate
+from megatron_fapo.policy.settings import PolicySettings
+from megatron_fapo.records import (
+    Bucket,
+    Floats,
+    MicroBatch,
+    MiniBatch,
+    StepBatch,
+    StepReport,
+    UpdateReport,
+    WeightVersion,
+)
+
+
+class PolicyRank:
+    """A rank of the policy. First `setup`, then any other method, in the same order on all ranks."""
+
+    def __init__(self) -> None:
+        self.device: Device = current()
+        self._settings: PolicySettings | None = None
+        self._model: Model | None = None
+        self._layout = Layout()
+        self._updates = 0
+        self._export: export.Export | None = None
+
+    def address(self, host: str = "127.0.0.1") -> tuple[str, int]:
+        """An address at which rank 0 can be met: `host` and a port that is free at this moment."""
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return host, int(probe.getsockname()[1])
+
+    def setup(self, rank: int, world: int, address: str, port: int, settings: PolicySettings, seed: int) -> Layout:
+        """Meet the other ranks, build this rank's part of the model and load the weights. Collective.
+
+        Raises ConfigError for a model or layout that cannot be built, PolicyError when the ranks do not meet.
+        """
+        if world != settings.parallel.world:
+            raise PolicyError(f"{world} ranks were started for a layout of {settings.parallel.world}", rank=rank)
+        self.device.install()
+        try:
+            self._layout = connect(rank, address, port, settings, self.device, seed)
+        except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
+            raise PolicyError(f"the ranks did not meet at {address}:{port}: {error}", rank=rank) from error
+        with self.device.active():
+            self._model = build(settings, self.device)
+        self._settings = settings
+        return self._layout
+
+    def shutdown(self) -> None:
+        """Leave the process groups."""
+        if dist.is_initialized():
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+    # --- training -------------------------------------------------------------------------------------------
+
+    def update(self, batch: StepBatch, loss: LossSettings) -> StepReport:
+        """All optimizer steps of one step; each rank takes its own column of the microbatches. Collective.
+
+        Behaviour log-probs are those of the batch, or Megatron's own before the first update where
+        `PolicySettings.rescore` says so. A sequence is stale when it has tokens of weights other than version
+        `batch.step`. Every rank returns the same report. Raises Diverged on all ranks.
+        """
+        started = time.perf_counter()
+        columns = [self._column(minibatch) for minibatch in batch.minibatches]
+        rescored = self._must_rescore(batch)
+        gap = gap_max = 0.0
+        if rescored:
+            columns, gap, gap_max = self._rescore(columns)
+        reports = []
+
+        def loss_function(logprobs: torch.Tensor, padded: Padded) -> TokenLosses:
+            return ppo_loss(logprobs, padded.behaviour, padded.advantages, loss)
+
+        for number, (minibatch, column) in enumerate(zip(batch.minibatches, columns, strict=True)):
+            report, totals = self._optimize(column, loss_function, minibatch.num_loss_tokens, batch.step)
+            reports.append(report)
+            if number == 0 and not rescored:
+                gap, gap_max = totals.mismatch / max(totals.chosen, 1), totals.mismatch_max
+        return StepReport(
+            step=batch.step,
+            updates=tuple(reports),
+            mismatch_mean=gap,
+            mismatch_max=gap_max,
+            rescored=rescored,
+            seconds=time.perf_counter() - started,
+        )
+
+    def supervised_update(self, minibatch: MiniBatch) -> UpdateReport:
+        """One optimizer step on the negative log-likelihood of the loss tokens. Collective. Raises Diverged."""
+
+        def loss_function(logprobs: torch.Tensor, padded: Padded) -> TokenLosses:
+            return supervised_loss(logprobs)
+
+        return self._optimize(self._column(minibatch), loss_function, minibatch.num_loss_tokens, None)[0]
+
+    def score(self, microbatches: Sequence[Sequence[MicroBatch]]) -> tuple[Floats, ...]:
+        """Log-probs of every token at the microbatch's temperature, under the current weights. Collective.
+
+        Takes `microbatches[m][dp]`; returns, for each m, the packed log-probs [T] of this rank's own microbatch,
+        with 0.0 at the first token of each sequence.
+        """
+        own = [row[parallel_state.get_data_parallel_rank()] for row in microbatches]
+        device = self.device.torch_device()
+        padded = [forward.pad(batch, device, every_token=True) for batch in own]
+        with self.device.active():
+            values = passes.logprobs(self.model, padded)
+        return tuple(
+            forward.unpad(row, layout, len(batch.token_ids))
+            for row, layout, batch in zip(values, padded, own, strict=True)
+        )
+
+    @property
+    def model(self) -> Model:
+        """What `setup` built."""
+        if self._model is None:
+            raise PolicyError("setup() comes first")
+        return self._model
+
+    @property
+    def settings(self) -> PolicySettings:
+        """What `setup` was given."""
+        if self._settings is None:
+            raise PolicyError("setup() comes first")
+        return self._settings
+
+    def _column(self, minibatch: MiniBatch) -> list[Padded]:
+        """This data-parallel rank's microbatches, laid out in rows."""
+        mine = parallel_state.get_data_parallel_rank()
+        device = self.device.torch_device()
+        return [forward.pad(row[mine], device) for row in minibatch.microbatches]
+
+    def _must_rescore(self, batch: StepBatch) -> bool:
+        if self.settings.rescore != "when_stale":
+            return self.settings.rescore == "always"
+        every = (micro for mini in batch.minibatches for row in mini.microbatches for micro in row)
+        return any((micro.versions != batch.step).any() for micro in every)
+
+    def _rescore(self, columns: list[list[Padded]]) -> tuple[list[list[Padded]], float, float]:
+        """Put Megatron's own log-probs in the place of the sampled ones; also the mean and largest gap."""
+        flat = [padded for column in columns for padded in column]
+        with self.device.active():
+            values = passes.logprobs(self.model, flat)
+            gap, gap_max = passes.mismatch(values, flat)
+        again = iter(values)
+        fresh = [[dataclasses.replace(padded, behaviour=next(again)) for padded in column] for column in columns]
+        return fresh, gap, gap_max
+
+    def _optimize(
+        self, column: list[Padded], loss_function: passes.LossFunction, num_loss_tokens: int, step: int | None
+    ) -> tuple[UpdateReport, passes.Totals]:
+        """One optimizer step."""
+        model, optimizer = self.model, self.model.optimizer
+        rate = learning_rate(self._updates, self.settings.optimizer)
+        where = {"rank": dist.get_rank(), "update": self._updates} | ({} if step is None else {"step": step})
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+            group["weight_decay"] = self.settings.optimizer.weight_decay * group.get("wd_mult", 1.0)
+        with self.device.active():
+            model.parallel.zero_grad_buffer()
+            optimizer.zero_grad()
+            totals = passes.forward_backward(model, column, loss_function, num_loss_tokens)
+            if not math.isfinite(totals.loss):
+                raise Diverged(f"the loss is {totals.loss}; continue from a checkpoint with a lower rate", **where)
+            _, norm, _ = optimizer.step()
+        if not math.isfinite(norm):
+            raise Diverged(f"the gradient norm is {norm}; continue from a checkpoint with a lower rate", **where)
+        self._updates += 1
+        report = UpdateReport(
+            loss=totals.loss / num_loss_tokens,
+            grad_norm=float(norm),
+            learning_rate=rate,
+            clipped_share=totals.clipped / num_loss_tokens,
+            kl_behaviour=totals.kl / max(totals.chosen, 1),
+            loss_tokens=num_loss_tokens,
+            tokens=totals.tokens,
+            padded_tokens=totals.positions,
+        )
+        return report, totals
+
+    # --- weights --------------------------------------------------------------------------------------------
+
+    def open_export(self) -> None:
+        """Start an export of the current weights. Collective."""
+        with self.device.active():
+            self._export = export.Export(self.model)
+
+    def next_bucket(self, segment_path: str, nbytes: int) -> Bucket | None:
+        """Fill shared memory of `nbytes` at `segment_path` with the next tensors, under Hugging Face names.
+
+        Collective; rank 0 writes and returns the bucket. None on the other ranks, and on rank 0 after the last one.
+        Raises PolicyError when a tensor is larger than `nbytes`, or without `open_export`.
+        """
+        with self.device.active():
+            return self._exporting().next_bucket(Path(segment_path), nbytes)
+
+    def weight_version(self, step: int) -> WeightVersion:
+        """What the export wrote, as a server must find it; on rank 0, after its last bucket."""
+        return self._exporting().version(step)
+
+    def _exporting(self) -> export.Export:
+        if self._export is None:
+            raise PolicyError("open_export() comes first")
+        return self._export
+
+    def save_hf(self, folder: str) -> None:
+        """Write a Hugging Face folder: weights, config, tokenizer. Collective; rank 0 writes."""
+        with self.device.active():
+            export.save_hf(self.model, self.settings.model, Path(folder))
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def save(self, folder: str) -> None:
+        """Write weights, optimizer, schedule position and random states into `folder`. Collective."""
+        with self.device.active():
+            checkpoint.save(self.model, Path(folder), self._updates, self._layout)
+
+    def load(self, folder: str) -> None:
+        """Continue exactly where `save` was called. Collective.
+
+        Raises ResumeError naming the file when the folder is missing, incomplete or damaged.
+        """
+        with self.device.active():
+            self._updates = checkpoint.load(self.model, Path(folder), self._layout, self.device)

@@ -1,0 +1,82 @@
+"""Settings of the policy: its model, how it is spread over ranks, its optimizer."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_fapo.settings import Settings
+
+Rescore = Literal["never", "when_stale", "always"]
+"""Whether behaviour log-probs are computed again by Megatron before the updates of a step."""
+
+
+class ParallelSettings(Settings):
+    """How the model is spread over ranks; what is left of the world size is data parallel."""
+
+    tensor: Annotated[int, Field(ge=1)] = 1
+    """Ranks that share each matrix. Divides attention heads, KV heads and the MLP's width."""
+    pipeline: Annotated[int, Field(ge=1)] = 1
+    """Ranks that hold consecutive layers. Divides the number of layers."""
+    data: Annotated[int, Field(ge=1)] = 1
+    """Copies of the model that consume different sequences."""
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.tensor * self.pipeline * self.data
+
+
+class OptimizerSettings(Settings):
+    """AdamW with a learning-rate schedule counted in optimizer steps."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """The rate after warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    """Optimizer steps over which the rate grows linearly from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What the rate does after warm-up."""
+    decay_steps: Annotated[int, Field(gt=0)] | None = None
+    """For cosine: the optimizer step at which the floor is reached."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """For cosine: the final rate as a share of `learning_rate`."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the mean of gradients."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the mean of squared gradients."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the mean of squared gradients."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay of matrices; vectors (norms, biases) never decay."""
+    clip_grad: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    distributed: bool = True
+    """Spread optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+
+    @model_validator(mode="after")
+    def _cosine_has_an_end(self) -> Self:
+        if self.schedule == "cosine" and (self.decay_steps is None or self.decay_steps <= self.warmup_steps):
+            raise ValueError("schedule 'cosine' needs decay_steps greater than warmup_steps")
+        return self
+
+
+class PolicySettings(Settings):
+    """The model that is trained."""
+
+    model: Path
+    """Folder of a Hugging Face model: config, safetensors, tokenizer."""
+    parallel: ParallelSettings = ParallelSettings()
+    """How the model is spread over ranks."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """AdamW and its schedule."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in; master weights and reductions are float32."""
+    rescore: Rescore = "never"
+    """Whether behaviour log-probs are computed again by Megatron before the updates: `never` keeps those that were
+    sampled, `when_stale` rescores a step in which a rollout has tokens of older weights, `always` every step."""
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds after which a rank that waits for another gives up."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """CPU threads of each rank."""
+    deterministic: bool = True
+    """Refuse operations whose results depend on scheduling."""
