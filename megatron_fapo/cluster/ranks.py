@@ -1,37 +1,18 @@
 """A Megatron model whose ranks are Ray actors, as one object with asynchronous verbs."""
 
 import asyncio
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
-
 from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.batch.layout import Layout
+from megatron_fapo.cluster.rank_actor import RankActor
+from megatron_fapo.cluster.ray_session import ray
 from megatron_fapo.config import ClusterSettings
 from megatron_fapo.errors import FapoError, PolicyError
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.records import Bucket, Role, StepBatch, StepReport
-
-
-class RankActor:
-    """One process, one rank. It forwards to `policy.rank.PolicyRank`, so the driver never imports torch."""
-
-    def __init__(self) -> None:
-        from megatron_fapo.policy.rank import PolicyRank
-
-        self._rank = PolicyRank()
-
-    def call(self, verb: str, *arguments: Any) -> Any:
-        """Run a method of the rank."""
-        return getattr(self._rank, verb)(*arguments)
-
-    def pid(self) -> int:
-        """This rank's process id."""
-        return os.getpid()
 
 
 class MegatronModel:
@@ -131,13 +112,14 @@ class MegatronModel:
 
 def _translate(error: BaseException | None, role: Role, rank: int, verb: str) -> BaseException:
     """A Ray error as one of ours; a rank's own error comes through as it is."""
-    if isinstance(error, RayTaskError):
+    if isinstance(error, ray.exceptions.RayTaskError):
         cause = error.cause
         if isinstance(cause, FapoError):
             return cause
         return PolicyError(f"{type(cause).__name__}: {cause}", role=role, rank=rank, verb=verb)
-    if isinstance(error, RayActorError):
-        return PolicyError("the rank's process died", role=role, rank=rank, verb=verb)
-    if isinstance(error, RayError):
+    if isinstance(error, ray.exceptions.RayActorError):
+        said = str(error).strip().splitlines()[-1:]
+        return PolicyError(f"the rank's process died: {''.join(said)}", role=role, rank=rank, verb=verb)
+    if isinstance(error, ray.exceptions.RayError):
         return PolicyError(f"Ray: {error}", role=role, rank=rank, verb=verb)
     return error if error is not None else PolicyError("no error", role=role, rank=rank, verb=verb)

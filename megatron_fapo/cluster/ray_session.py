@@ -15,6 +15,13 @@ from pathlib import Path
 
 from megatron_fapo.config import ClusterSettings
 
+# Ray reads these when it is imported, so whoever needs Ray takes it from here.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_enable_metrics_collection", "false")
+
+import ray  # noqa: E402
+
 OBJECT_STORE_BYTES = 200 * 2**20
 """For a Ray that we start: it only carries batches and reports."""
 
@@ -25,19 +32,14 @@ def ray_session(settings: ClusterSettings, ranks: int, folder: Path) -> Iterator
 
     Install signal handlers inside of it: `ray.init` replaces those of SIGTERM.
     """
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_enable_metrics_collection"] = "false"  # noqa: SIM112 - Ray spells it so
     temporary = None
     if settings.ray_address is None:
         token = folder / "ray-token"
         token.unlink(missing_ok=True)
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
-        os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
         temporary = tempfile.mkdtemp(prefix="fapo-ray-")
-    import ray
-
     try:
         if temporary is None:
             ray.init(address=settings.ray_address, log_to_driver=False, logging_level="warning")
