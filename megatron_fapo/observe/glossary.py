@@ -1,0 +1,164 @@
+"""Every metric that a run can have, declared once: the name that all sinks, the report and the docs use."""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+Unit = Literal["share", "count", "tokens", "seconds", "tokens/s", "nats", "steps", ""]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A name with its meaning.  Example: `Metric(name="reward/mean", unit="", description="Mean reward.")`.
+
+    `{k}` in a name stands for a number: `eval/pass_at/{k}` declares `eval/pass_at/8`. Shares are fractions of 1.
+    What depends on the wall clock begins with `time/`.
+    """
+
+    name: str
+    unit: Unit
+    description: str
+
+
+def _by_both(name: str, unit: Unit, description: str) -> tuple[Metric, ...]:
+    """The same metric by the task's oracle and by the judge."""
+    judge = "as the reward sees it: right answers without a verdict count as clean"
+    return (
+        Metric(name=f"{name}_oracle", unit=unit, description=f"{description}, by the task's oracle."),
+        Metric(name=f"{name}_judge", unit=unit, description=f"{description}, {judge}."),
+    )
+
+
+def _plain(unit: Unit, **descriptions: str) -> tuple[Metric, ...]:
+    """Metrics of one unit; `a__b` spells the name `a/b`."""
+    return tuple(Metric(name=n.replace("__", "/"), unit=unit, description=d) for n, d in descriptions.items())
+
+
+METRICS: tuple[Metric, ...] = (
+    *_plain(
+        "share",
+        rollout__right_share="Rollouts whose answer is right.",
+        flawed__oracle="Right answers whose process is flawed by the task's oracle, of all right answers.",
+        flawed__judge="Right answers that the judge flags, of those with a verdict.",
+        flawed__unjudged_share="Right answers without a verdict that counts, of all right answers.",
+        flawed__probes="Right answers that the judge flags among the skipped ones it was asked about for this metric.",
+        rollout__truncated_share="Rollouts that reached the token limit.",
+    ),
+    *_plain(
+        "tokens",
+        rollout__length_mean="Mean length of a response.",
+        rollout__length_max="Longest response.",
+        judge__tokens="Tokens that the judge generated, failed verdicts, retries and probes included.",
+    ),
+    *_plain(
+        "steps", rollout__lag_max="Steps between the published weights and the oldest ones that a token was drawn with."
+    ),
+    *_plain(
+        "count",
+        judge__asked="Different solutions that the judge was asked about; identical ones of a group are asked once.",
+        judge__judged="Rollouts with a verdict.",
+        judge__skipped="Right answers not asked about, because no advantage could change.",
+        judge__failed="Rollouts whose verdict did not come or could not be read.",
+        judge__probes="Skipped rollouts judged for the metrics alone.",
+        group__dropped="Groups left out of the update because a verdict failed.",
+    ),
+    *_plain(
+        "share",
+        judge__parsed_share="Solutions asked about that got a usable verdict.",
+        judge__precision="Flagged right answers that the oracle calls flawed too, of all flagged.",
+        judge__recall="Right answers flawed by the oracle that the judge flags, of those with a verdict.",
+        judge__f1="Harmonic mean of precision and recall of `flawed`.",
+        judge__same_step_share="Where judge and oracle both find a flaw: how often it is the same step.",
+    ),
+    *_by_both("group/three_class_share", "share", "Groups with clean right, flawed right and wrong rollouts"),
+    *_by_both("group/two_class_share", "share", "Groups with two of the classes clean right, flawed right, wrong"),
+    *_by_both(
+        "group/one_class_share", "share", "Groups whose rollouts are all of one class, from which nothing is learnt"
+    ),
+    *_by_both("group/alpha", "share", "α, the share of clean right rollouts of a group, mean over groups"),
+    *_by_both("group/beta", "share", "β, the share of wrong rollouts of a group, mean over groups"),
+    *_by_both("group/gamma", "share", "γ, the share of flawed right rollouts of a group, mean over groups"),
+    *_by_both("group/rho", "", "ρ = α/β, the learning progress, mean over groups with a wrong rollout"),
+    *_plain(
+        "",
+        reward__mean="Mean reward of the rollouts trained on.",
+        reward__std="Standard deviation of these rewards.",
+        train__loss="Objective, mean over the step's updates.",
+        train__grad_norm_mean="Gradient norm before clipping, mean over the step's updates.",
+        train__grad_norm_max="Largest gradient norm before clipping.",
+        train__learning_rate="Learning rate of the step's last update.",
+        train__rescored="1 when Megatron computed the behaviour log-probs again before the updates, else 0.",
+    ),
+    *_plain("share", train__clipped_share="Loss tokens whose gradient the PPO clip cut off, mean over updates."),
+    *_plain("nats", train__kl="k3 estimate of KL(behaviour ‖ current), mean over updates."),
+    *_plain("tokens", train__loss_tokens="Tokens in the loss."),
+    *_plain("share", train__padding_share="Token positions computed that hold padding."),
+    *_plain(
+        "nats",
+        mismatch__mean="Mean |log-prob by the engine - by Megatron|, same weights and temperature.",
+        mismatch__max="Largest of these differences.",
+    ),
+    *_plain("count", train__updates="Optimizer steps.", eval__prompts="Held-out prompts."),
+    *_plain(
+        "share",
+        eval__right_share="avg@k on held-out prompts.",
+        eval__sound_share_judge="Right and clean by the judge, of the held-out samples.",
+        eval__sound_share_oracle="Right and clean by the task's oracle, of the held-out samples.",
+        eval__unjudged_share="Right held-out samples whose verdict failed, of the right ones.",
+    ),
+    Metric(name="eval/pass_at/{k}", unit="share", description="Prompts with a right answer among k samples, unbiased."),
+    Metric(
+        name="eval/verified_pass_at_judge/{k}",
+        unit="share",
+        description="Prompts with a right answer and clean process (judge) among k samples, unbiased.",
+    ),
+    Metric(
+        name="eval/verified_pass_at_oracle/{k}",
+        unit="share",
+        description="Prompts with a right answer and clean process (oracle) among k samples, unbiased.",
+    ),
+    *_plain(
+        "seconds",
+        time__publish="Moving the weights to the servers and confirming them.",
+        time__evaluate="Held-out evaluation.",
+        time__generate="Generation, with the checks and verdicts that run beside it.",
+        time__judge="While at least one verdict was being waited for.",
+        time__judge_hidden="Of these, while rollouts were still being generated.",
+        time__judge_exposed="After the step's last rollout landed, until its last check and verdict.",
+        time__update="The step's updates, batch making included.",
+        time__other="The rest of the step: rewards, sinks, the checkpoint written before it.",
+        time__step="The whole step, from the end of the one before.",
+    ),
+    *_plain(
+        "tokens/s",
+        time__generate_rate="Response tokens a second of generation.",
+        time__update_rate="Tokens through the model a second of update.",
+        time__step_rate="Response tokens a second of the whole step.",
+    ),
+)
+
+
+@cache
+def metric(name: str) -> Metric:
+    """The declaration of a name. Raises KeyError when there is none."""
+    for declared in METRICS:
+        if re.fullmatch(re.escape(declared.name).replace(r"\{k\}", r"\d+"), name):
+            return declared
+    raise KeyError(f"metric {name!r} is not declared in observe/glossary.py")
+
+
+def glossary() -> str:
+    """The page docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from the code by `make docs`. The same names stand in `metrics.jsonl`, Weights & Biases,",
+        "TensorBoard and the report. Shares are fractions of 1. A metric that a step does not define is left out, never",
+        "0. What depends on the wall clock begins with `time/`; two deterministic runs agree in everything else.",
+        "",
+        "| name | unit | meaning |",
+        "|---|---|---|",
+    ]
+    lines += [f"| `{m.name}` | {m.unit} | {m.description} |" for m in METRICS]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,23 @@
+"""Settings of what is shown and recorded. Light: no torch, no wandb."""
+
+from typing import Literal
+
+from megatron_fapo.settings import Settings
+
+
+class ObserveSettings(Settings):
+    """What is shown and recorded. `metrics.jsonl` is always written."""
+
+    console: Literal["auto", "live", "plain", "off"] = "auto"
+    """What stands on the terminal: `live` a table that is drawn anew, `plain` one line a step; `auto` takes `live` on a
+    terminal and `plain` elsewhere (CI, Slurm logs)."""
+    rollouts: bool = True
+    """Keep every rollout with its verdict, `rollouts/step-N.parquet`."""
+    report: bool = True
+    """Write `report.html` into the run folder when the run ends."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into `tensorboard/`."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; `offline` only writes files, which `wandb sync` sends later."""
+    wandb_project: str = "megatron-fapo"
+    """Project of the run at Weights & Biases."""
