@@ -20,11 +20,16 @@ P6 to P9 (pinned memory, streams, mixture of experts) belong to layouts that are
 
 import os
 import queue
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # P5: read when torch is imported
+
+# Megatron and mbridge say at import that Transformer Engine and Apex are missing; here that is as it should be
+for _message in (".*Apex.*", ".*ShardedTensor.*", ".*torch.distributed is disabled.*"):
+    warnings.filterwarnings("ignore", message=_message)
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -64,22 +69,33 @@ def _is_cuda(device: Any) -> bool:
 _installed = False
 
 
-def install() -> None:
-    """Install the patches of the whole process (all but P3). Does nothing a second time, or where CUDA exists."""
+def install(leave_out: Collection[str] = ()) -> None:
+    """Install the patches of the whole process (all but P3). Does nothing a second time, or where CUDA exists.
+
+    `leave_out` names patches that a test wants to miss.
+    """
     global _installed
     if _installed or torch.cuda.is_available():
         return
-    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]  # P1
-    torch.cuda.synchronize = lambda device=None: None  # P2
-    _cpu_random_streams()
-    _separate_adam_steps()
-    _write_without_forking()
+    for name, patch in PATCHES.items():
+        if name not in leave_out:
+            patch()
     _installed = True
 
 
 def active() -> AbstractContextManager[Any]:
     """P3 for the body of a `with` block, in this thread: every call into Megatron runs inside one."""
     return CudaMeansCpu()
+
+
+def _current_device() -> None:
+    """P1: the current device is the CPU."""
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
+
+
+def _synchronize() -> None:
+    """P2: CPU work is done when the call returns."""
+    torch.cuda.synchronize = lambda device=None: None
 
 
 def _cpu_random_streams() -> None:
@@ -174,3 +190,13 @@ def _write_without_forking() -> None:
 
     writer.write_preloaded_data_multiproc = staticmethod(write)
     filesystem_async._get_write_results_queue = lambda: results
+
+
+PATCHES: Mapping[str, Callable[[], None]] = {
+    "P1": _current_device,
+    "P2": _synchronize,
+    "P4": _cpu_random_streams,
+    "P10": _separate_adam_steps,
+    "P11": _write_without_forking,
+}
+"""By their number in this module's table."""

@@ -25,6 +25,7 @@ class LocalRanks:
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
+        self._running = ""
         world = settings.parallel.world
         for rank in range(world):
             here, there = context.Pipe()
@@ -57,17 +58,21 @@ class LocalRanks:
 
         Raises the first failure, of whichever rank it is.
         """
-        return self.call_each(method, [args] * len(self._pipes))
+        self.start(method, *args)
+        return self.finish()
 
     def call_each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The same with arguments of its own for each rank."""
-        if not self._pipes:
-            raise PolicyError(f"{method}: the ranks have ended")
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                pipe.send((method, args[rank]))
-            except OSError:
-                raise self._death(rank, method) from None
+        self._send(method, args)
+        return self.finish()
+
+    def start(self, method: str, *args: Any) -> None:
+        """Let all ranks begin; `finish` must follow before the next call."""
+        self._send(method, [args] * len(self._pipes))
+
+    def finish(self) -> list[Any]:
+        """Wait for the answers to what was started."""
+        method, self._running = self._running, ""
         answers: dict[int, Any] = {}
         while len(answers) < len(self._pipes):
             waiting = {id(pipe): rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
@@ -76,11 +81,23 @@ class LocalRanks:
                 answers[rank] = self._answer(rank, method)
         return [answers[rank] for rank in range(len(self._pipes))]
 
+    def _send(self, method: str, args: Sequence[tuple[Any, ...]]) -> None:
+        if not self._pipes or self._running:
+            state = f"{self._running}() is running" if self._running else "the ranks have ended"
+            raise PolicyError(f"{method}() cannot start: {state}")
+        self._running = method
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send((method, args[rank]))
+            except OSError:
+                raise self._death(rank, method) from None
+
     def close(self) -> None:
         """Let the ranks leave their groups and end."""
         if self._pipes:
             try:
-                self.call("shutdown")
+                if not self._running:
+                    self.call("shutdown")
             finally:
                 self.end()
 
@@ -91,7 +108,7 @@ class LocalRanks:
         for process in self._processes:
             process.terminate()
             process.join()
-        self._pipes, self._processes = [], []
+        self._pipes, self._processes, self._running = [], [], ""
 
     def _one(self, rank: int, method: str, *args: Any) -> Any:
         self._pipes[rank].send((method, args))

@@ -220,9 +220,9 @@ class PolicyRank:
         with self.device.active():
             return self._exporting().next_bucket(Path(segment_path), nbytes)
 
-    def weight_version(self, step: int) -> WeightVersion:
-        """What the export wrote, as a server must find it; on rank 0, after its last bucket."""
-        return self._exporting().version(step)
+    def weight_version(self, step: int) -> WeightVersion | None:
+        """What the export wrote, as a server must find it: on rank 0, after its last bucket; None elsewhere."""
+        return self._exporting().version(step) if dist.get_rank() == 0 else None
 
     def _exporting(self) -> export.Export:
         if self._export is None:

@@ -1,0 +1,177 @@
+"""Packing: nothing lost, nothing doubled, everything aligned, whatever the layout."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_fapo.batch.layout import Layout
+from megatron_fapo.batch.pack import SupervisedExample, make_batch, make_supervised_batch
+from megatron_fapo.batch.settings import BatchSettings
+from megatron_fapo.errors import DataError
+from megatron_fapo.records import (
+    Floats,
+    Group,
+    Judged,
+    MicroBatch,
+    MiniBatch,
+    NotJudged,
+    Outcome,
+    Prompt,
+    Rollout,
+    StepBatch,
+    VersionSpan,
+    floats,
+    ints,
+)
+
+STEP = 4
+
+
+def group(number: int, prompt: int, responses: Sequence[int], temperature: float = 1.0) -> Group:
+    """A group whose tokens say where they belong: token t of rollout r is 100 * r + t, its log-prob -token."""
+    judged = []
+    for r, length in enumerate(responses):
+        tokens = [100 * r + t for t in range(length)]
+        rollout = Rollout(
+            id=f"s{STEP}-p{number}-r{r}",
+            prompt_id=f"p{number}",
+            token_ids=ints(tokens),
+            logprobs=floats([-float(token) for token in tokens]),
+            versions=(VersionSpan(start=0, version=STEP - 1), VersionSpan(start=1, version=STEP)),
+            temperature=temperature,
+            seed=0,
+            text="",
+            finish_reason="stop",
+        )
+        outcome = Outcome(right=True, score=1.0, answer=None, why="equal")
+        judged.append(Judged(rollout=rollout, outcome=outcome, verdict=NotJudged(reason="off"), oracle=None))
+    token_ids = ints(range(1000 * number, 1000 * number + prompt))
+    whole = Prompt(id=f"p{number}", task="t", question="", messages=(), token_ids=token_ids, reference_answer="")
+    return Group(step=STEP, prompt=whole, judged=tuple(judged))
+
+
+def ones(groups: Sequence[Group], zero: frozenset[str] = frozenset()) -> list[list[Floats]]:
+    """Advantage 1 + t at token t, 0 for the rollouts in `zero`."""
+    return [[floats((np.arange(len(j.rollout.token_ids)) + 1) * (j.rollout.id not in zero)) for j in g] for g in groups]
+
+
+def micros(batch: StepBatch) -> list[MicroBatch]:
+    return [micro for mini in batch.minibatches for row in mini.microbatches for micro in row]
+
+
+def sequences(minibatch: MiniBatch) -> Counter[str]:
+    return Counter(name for row in minibatch.microbatches for micro in row for name in micro.ids if name)
+
+
+shapes = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 40), min_size=2, max_size=5)), min_size=1, max_size=7
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(1, 3), st.integers(1, 4), st.integers(1, 120), st.integers(0, 5))
+def test_every_rollout_once_aligned_and_counted(
+    shapes: list[tuple[int, list[int]]], dp: int, updates: int, budget: int, seed: int
+) -> None:
+    groups = [group(n, prompt, responses) for n, (prompt, responses) in enumerate(shapes)]
+    chosen = BatchSettings(updates=updates, tokens_per_microbatch=budget)
+    batch = make_batch(groups, ones(groups), Layout(dp=dp), chosen, seed)
+
+    seen = sum((sequences(mini) for mini in batch.minibatches), Counter())
+    assert seen == Counter(j.rollout.id for g in groups for j in g)
+    assert len(batch.minibatches) == min(updates, len(groups))
+    by_id = {j.rollout.id: (g, j.rollout) for g in groups for j in g}
+    for mini in batch.minibatches:
+        assert all(len(row) == dp for row in mini.microbatches)
+        masks = [micro.loss_mask.sum() for row in mini.microbatches for micro in row]
+        assert mini.num_loss_tokens == sum(masks)
+    for micro in micros(batch):
+        lengths = np.diff(micro.bounds)
+        assert len(lengths) == 1 or lengths.max() * len(lengths) <= budget
+        for name, start, end in zip(micro.ids, micro.bounds, micro.bounds[1:], strict=False):
+            if not name:
+                assert (end - start, micro.loss_mask.sum()) == (1, 0)
+                continue
+            g, rollout = by_id[name]
+            prompt = len(g.prompt.token_ids)
+            assert micro.token_ids[start:end].tolist() == [*g.prompt.token_ids, *rollout.token_ids]
+            assert micro.loss_mask[start:end].tolist() == [0.0] * prompt + [1.0] * len(rollout.token_ids)
+            assert micro.logprobs[start + prompt : end].tolist() == rollout.logprobs.tolist()
+            assert micro.advantages[start + prompt : end].tolist() == [t + 1 for t in range(len(rollout.token_ids))]
+            assert not micro.advantages[start : start + prompt].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes, st.integers(1, 3), st.data())
+def test_skipping_zero_advantages_keeps_the_count_and_loses_nothing_else(
+    shapes: list[tuple[int, list[int]]], dp: int, data: st.DataObject
+) -> None:
+    groups = [group(n, prompt, responses) for n, (prompt, responses) in enumerate(shapes)]
+    names = [j.rollout.id for g in groups for j in g]
+    zero = frozenset(data.draw(st.sets(st.sampled_from(names))))
+    whole = BatchSettings(updates=2, skip_zero_advantage=False)
+    full = make_batch(groups, ones(groups, zero), Layout(dp=dp), whole, 1)
+    lean = make_batch(groups, ones(groups, zero), Layout(dp=dp), whole.changed(skip_zero_advantage=True), 1)
+    for with_all, without in zip(full.minibatches, lean.minibatches, strict=True):
+        assert without.num_loss_tokens == with_all.num_loss_tokens
+        working = set(sequences(with_all)) - zero
+        assert set(sequences(without)) == working or (not working and len(sequences(without)) == 1)
+
+
+def test_prompts_stay_together_and_their_order_follows_seed_and_step() -> None:
+    groups = [group(n, 3, [2, 2]) for n in range(8)]
+
+    def prompts(seed: int, step: int = STEP) -> list[set[str]]:
+        moved = [dataclasses.replace(g, step=step) for g in groups]
+        batch = make_batch(moved, ones(groups), Layout(), BatchSettings(updates=4), seed)
+        return [{name.split("-")[1] for name in sequences(mini)} for mini in batch.minibatches]
+
+    assert [len(part) for part in prompts(0)] == [2, 2, 2, 2]
+    assert prompts(0) == prompts(0)
+    assert prompts(0) != prompts(1)
+    assert prompts(0) != prompts(0, step=STEP + 1)
+
+
+def test_data_parallel_ranks_get_like_work() -> None:
+    lengths = np.random.default_rng(0).integers(10, 200, 64).tolist()
+    groups = [group(0, 5, lengths)]
+    batch = make_batch(groups, ones(groups), Layout(dp=4), BatchSettings(tokens_per_microbatch=800), 0)
+    columns = list(zip(*batch.minibatches[0].microbatches, strict=True))
+    for power in (1, 2):
+        work = [sum(float((np.diff(m.bounds) ** power).sum()) for m in column) for column in columns]
+        assert max(work) / min(work) < 1.05
+    padded = sum(np.diff(m.bounds).max() * len(m.ids) for m in micros(batch))
+    assert padded / sum(len(m.token_ids) for m in micros(batch)) < 1.1
+
+
+def test_oldest_version_travels() -> None:
+    groups = [group(0, 2, [3, 3])]
+    (micro,) = micros(make_batch(groups, ones(groups), Layout(), BatchSettings(), 0))
+    assert micro.versions.tolist() == [STEP - 1, STEP - 1]
+
+
+def test_supervised_examples_learn_the_response_alone() -> None:
+    examples = [SupervisedExample(id=f"e{n}", prompt_ids=ints([7] * n), response_ids=ints([9] * 3)) for n in (1, 2)]
+    batch = make_supervised_batch(examples, Layout(), BatchSettings())
+    ((micro,),) = batch.microbatches
+    assert batch.num_loss_tokens == 6
+    assert (micro.token_ids == np.where(micro.loss_mask > 0, 9, 7)).all()
+    assert Counter(micro.ids) == Counter(["e1", "e2"])
+
+
+def test_what_cannot_be_a_batch_is_refused_by_name() -> None:
+    groups = [group(0, 2, [3, 3])]
+    with pytest.raises(DataError, match="no group"):
+        make_batch([], [], Layout(), BatchSettings(), 0)
+    with pytest.raises(DataError, match=r"2 advantages for 3 response tokens \(rollout s4-p0-r1\)"):
+        make_batch(groups, [[floats([1, 1, 1]), floats([1, 1])]], Layout(), BatchSettings(), 0)
+    mixed = [groups[0], group(1, 2, [3, 3], temperature=0.5)]
+    with pytest.raises(DataError, match=r"temperatures \[0.5, 1.0\]"):
+        make_batch(mixed, ones(mixed), Layout(), BatchSettings(), 0)
+    with pytest.raises(DataError, match="no loss token"):
+        make_supervised_batch([], Layout(), BatchSettings())

@@ -1,0 +1,77 @@
+"""Each patch is needed still: without it, Megatron on a CPU fails in a known way. When one of these tests fails after
+an upgrade of megatron-core, the patch may go."""
+
+import importlib.metadata
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fapo.compat import device, megatron_cpu
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without CUDA")
+
+NO_CUDA = "AssertionError: Torch not compiled with CUDA enabled"
+
+
+@pytest.fixture(scope="module")
+def without(qwen3_folder: Path) -> dict[str, str]:
+    patches = ["none", "P1", "P2", "P3", "P4", "P10", "P10 prepare"]
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("ablate.py")), str(qwen3_folder), *patches],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    found: dict[str, str] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def test_with_all_patches_a_rank_lives(without: dict[str, str]) -> None:
+    assert without["none"] == "works"
+
+
+@pytest.mark.parametrize("patch", ["P1", "P2", "P3", "P4"])
+def test_without_it_megatron_asks_for_cuda(without: dict[str, str], patch: str) -> None:
+    assert without[patch] == NO_CUDA
+
+
+def test_without_p10_no_optimizer_state_can_be_loaded(without: dict[str, str]) -> None:
+    assert without["P10"] == "KeyError: 'step'"
+    assert without["P10 prepare"] != "works"
+
+
+def test_without_p11_a_save_forks() -> None:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    assert 'get_context("fork")' in inspect.getsource(FileSystemWriterAsync.write_preloaded_data_multiproc)
+
+
+def test_the_patches_were_written_for_this_megatron() -> None:
+    assert importlib.metadata.version("megatron-core") == megatron_cpu.UPSTREAM
+
+
+def test_the_mode_is_confined_to_its_block() -> None:
+    with megatron_cpu.active():
+        tensor = torch.zeros(2, device="cuda")
+        assert tensor.device.type == "cpu"
+        assert tensor.cuda() is tensor
+        assert tensor.to(torch.device("cuda")).device.type == "cpu"
+        assert tensor.type() == "torch.cuda.FloatTensor"
+    assert tensor.type() == "torch.FloatTensor"
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(2, device="cuda")
+
+
+def test_this_machine_is_a_cpu() -> None:
+    here = device.current()
+    assert here is device.CPU
+    assert (here.backend, here.torch_device().type) == ("gloo", "cpu")
