@@ -98,6 +98,16 @@ def test_token_spans_of_the_clock_world(tmp_path: Path) -> None:
     assert token_spans(ids, tokenizer.decode, paragraph_spans(text)) == ((0, 5), (6, 11), (12, 15))
 
 
+def test_a_token_that_two_paragraphs_share_is_in_both() -> None:
+    words = ["one", " two.\n\nTh", "ree", "\n\n", "four"]
+
+    def decode(ids: Ints) -> str:
+        return "".join(words[index] for index in ids)
+
+    ids = ints(range(5))
+    assert token_spans(ids, decode, paragraph_spans(decode(ids))) == ((0, 2), (1, 3), (4, 5))
+
+
 def test_token_spans_refuse_what_is_outside() -> None:
     with pytest.raises(ValueError, match="outside"):
         token_spans(ints([1]), lambda ids: "a" * len(ids), [(0, 2)])

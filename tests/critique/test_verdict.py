@@ -19,6 +19,8 @@ from megatron_fapo.critique.verdict import TAIL, parse_verdict
         ("Paragraph 2 is wrong", "no box"),
         ("\\boxed{1" + "x" * 400, "no box"),
         ("\\boxed{2}" + "x" * 400, "no box"),
+        ("\\boxed{2}" + "x" * 291, 2),
+        ("\\boxed{2}" + "x" * 292, "no box"),
         ("\\boxed{1", "box not closed"),
         ("\\boxed{1} or \\boxed{2", "box not closed"),
         ("\\boxed{}", "not an integer"),
