@@ -1,0 +1,158 @@
+"""All sinks of a run as one, with the few calls that the loop makes."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_fapo.observe import jsonl
+from megatron_fapo.observe.console import ConsoleSink, open_console
+from megatron_fapo.observe.interface import Sink, StepRecord
+from megatron_fapo.observe.jsonl import JsonlSink
+from megatron_fapo.observe.metrics import EvaluationResult, Metrics, evaluation_metrics, step_metrics
+from megatron_fapo.observe.rollouts import RolloutsSink
+from megatron_fapo.observe.run_info import RunInfo, open_run_info
+from megatron_fapo.observe.settings import ObserveSettings
+from megatron_fapo.observe.tensorboard import TensorBoardSink
+from megatron_fapo.observe.wandb import WandbSink
+from megatron_fapo.records import Floats, Group, StepReport, WeightVersion
+from megatron_fapo.trace import Clock, Span, Spans, SystemClock
+
+log = logging.getLogger(__name__)
+
+
+class Sinks:
+    """What the loop tells: phases, progress, steps, evaluations. Passes each step on to every sink."""
+
+    def __init__(self, sinks: Sequence[Sink], console: ConsoleSink, info: RunInfo, clock: Clock | None = None) -> None:
+        self._sinks = (*sinks, console)
+        self._console = console
+        self._info = info
+        self._clock = clock or SystemClock()
+        self._landed = 0
+        self._last_landed = 0.0
+        self._step_began: float | None = None
+        self._evaluation: tuple[int, Metrics] | None = None
+
+    @contextmanager
+    def phase(self, name: str, spans: Spans) -> Iterator[None]:
+        """Show a phase of a step while the body runs, and measure it as the span of this name."""
+        start = self._clock.now()
+        self._step_began = start if self._step_began is None else self._step_began
+        self._landed, self._last_landed = 0, start
+        self._console.phase(name)
+        with spans.measure(name):
+            yield
+        if name == "generate" and self._info.judge:
+            spans.ended.append(Span(name="judge_exposed", start=self._last_landed, end=self._clock.now()))
+
+    def progress(self, rollouts: int) -> None:
+        """That many more rollouts of this step have landed."""
+        self._landed += rollouts
+        self._last_landed = self._clock.now()
+        self._console.progress(self._landed, self._info.rollouts_per_step)
+
+    def write(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        trained: Sequence[Group],
+        rewards: Sequence[Floats],
+        advantages: Sequence[Sequence[Floats]],
+        report: StepReport,
+        weights: WeightVersion,
+        spans: Spans,
+    ) -> None:
+        """Record a finished step.
+
+        `trained` are the groups that the update used; `rewards` [n] and `advantages` (one array [T] a rollout) are
+        theirs, in the same order.
+        """
+        now = self._clock.now()
+        spans.ended.append(Span(name="step", start=now if self._step_began is None else self._step_began, end=now))
+        self._step_began = now
+        ids = [judged.rollout.id for group in trained for judged in group]
+        flat_rewards = [float(reward) for group in rewards for reward in group]
+        flat_advantages = [float(tokens.mean()) if len(tokens) else 0.0 for group in advantages for tokens in group]
+        metrics = step_metrics(groups=groups, rewards=rewards, report=report, weights=weights, spans=spans)
+        self._pass_on(
+            StepRecord(
+                step=step,
+                metrics={**self._evaluated(step), **metrics},
+                groups=tuple(groups),
+                rewards=dict(zip(ids, flat_rewards, strict=True)),
+                advantages=dict(zip(ids, flat_advantages, strict=True)),
+            )
+        )
+
+    def write_evaluation(self, step: int, evaluation: EvaluationResult) -> None:
+        """Record a held-out evaluation of the weights after `step` steps; it goes into that step's line."""
+        self._evaluation = (step, evaluation_metrics(evaluation))
+        self._console.evaluation(self._evaluation[1])
+
+    def finish(self) -> None:
+        """Write what waits for its step: the evaluation after the last update."""
+        if self._evaluation is not None:
+            step = self._evaluation[0]
+            self._pass_on(StepRecord(step=step, metrics=self._evaluated(step), rewards={}, advantages={}))
+
+    def _evaluated(self, step: int) -> Metrics:
+        waiting, self._evaluation = self._evaluation, None
+        return waiting[1] if waiting and waiting[0] == step else {}
+
+    def _pass_on(self, record: StepRecord) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+
+
+@contextmanager
+def open_sinks(
+    settings: ObserveSettings, folder: Path, *, config: Mapping[str, Any], resume_step: int = 0
+) -> Iterator[Sinks]:
+    """The sinks of a run in `folder`, closed at the end; then the run's report, unless the run failed.
+
+    `config` is the whole configuration as `Config.model_dump(mode="json")` gives it. What was recorded of
+    `resume_step` and later steps is forgotten. Raises DataError.
+    """
+    info = open_run_info(folder, config)
+    with ExitStack() as stack:
+        sinks = []
+        for sink in _file_sinks(settings, folder, info, config, resume_step):
+            stack.callback(sink.close)
+            sinks.append(sink)
+        console = open_console(settings.console, info, first_step=resume_step)
+        stack.callback(console.close)
+        together = Sinks(sinks, console, info)
+        yield together
+        together.finish()
+    if settings.report and (folder / jsonl.NAME).stat().st_size:
+        _write_report(folder)
+
+
+def _file_sinks(
+    settings: ObserveSettings, folder: Path, info: RunInfo, config: Mapping[str, Any], resume_step: int
+) -> Iterator[Sink]:
+    yield JsonlSink(folder, resume_step)
+    if settings.rollouts:
+        yield RolloutsSink(folder, resume_step)
+    if settings.tensorboard:
+        yield TensorBoardSink(folder, resume_step)
+    if settings.wandb != "off":
+        yield WandbSink(
+            folder,
+            mode=settings.wandb,
+            project=settings.wandb_project,
+            run_id=info.id,
+            name=info.label,
+            group=info.arm,
+            config=config,
+        )
+
+
+def _write_report(folder: Path) -> None:
+    from megatron_fapo.observe.report.build import write_report
+    from megatron_fapo.observe.runs import read_run
+
+    write_report([read_run(folder)], folder / "report.html")
+    log.info("%s written", folder / "report.html")
