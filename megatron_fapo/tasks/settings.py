@@ -21,11 +21,11 @@ class ClockSettings(Settings):
     """A coarse question asks for the result modulo this, so a slip by a multiple of it leaves the answer right."""
     chain: Annotated[tuple[int, ...], Field(min_length=1)] = (3, 4, 5)
     """Numbers of operations, each as likely as the others."""
-    coarse: Share = 0.7
+    coarse: Share = 0.98
     """Share of coarse questions; the others are exact and ask for the result itself."""
-    slip: Share = 0.35
+    slip: Share = 0.3
     """Share of the teacher's solutions with one step off by a multiple of `modulus`, carried on from there."""
-    jump: Share = 0.15
+    jump: Share = 0.1
     """Share of the teacher's solutions that leave out the last step."""
 
     @model_validator(mode="after")
