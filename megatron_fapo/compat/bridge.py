@@ -6,7 +6,7 @@ machine without Transformer Engine needs; names, splits and merges stay mbridge'
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mbridge.models.llama import LLaMABridge
@@ -21,7 +21,9 @@ from megatron_fapo.errors import ConfigError
 class _OwnLayers:
     """Mixed in before one of mbridge's classes: own layer spec, own names for the norms, own rope base."""
 
-    _OTHER_MAPPING = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
+    _OTHER_MAPPING: ClassVar = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
+    _DIRECT_MAPPING: dict[str, str]
+    _MLP_MAPPING: dict[str, list[str]]
     device: Device
     hf_config: Any
     config: Any

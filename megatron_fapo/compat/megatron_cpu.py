@@ -27,12 +27,12 @@ from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # P5: read when torch is imported
 
+import torch
+from torch.overrides import TorchFunctionMode
+
 # Megatron and mbridge say at import that Transformer Engine and Apex are missing; here that is as it should be
 for _message in (".*Apex.*", ".*ShardedTensor.*", ".*torch.distributed is disabled.*"):
     warnings.filterwarnings("ignore", message=_message)
-
-import torch
-from torch.overrides import TorchFunctionMode
 
 UPSTREAM = "0.16.1"
 """The version of megatron-core that these patches were written for."""
@@ -151,7 +151,7 @@ def _separate_adam_steps() -> None:
 
 
 def prepare_adam_for_loading(optimizer: Any) -> None:
-    """P10: give torch's Adam the state that it creates at its first step, so that a checkpoint can be loaded into it."""
+    """P10: give torch's Adam the state of its first step, which Megatron expects when it loads a checkpoint."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in part.optimizer.param_groups if part.optimizer is not None else ():
             for param in group["params"]:

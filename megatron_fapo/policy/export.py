@@ -180,7 +180,7 @@ class Export:
         size = tensor.numel() * tensor.itemsize
         place = target[offset : offset + size]
         place.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
-        self._digests[name] = digest(memoryview(place.numpy()))
+        self._digests[name] = digest(place.numpy().data)
         self._nbytes += size
         return TensorSpec(
             name=name,

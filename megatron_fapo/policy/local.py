@@ -21,7 +21,9 @@ class LocalRanks:
     """
 
     def __init__(self, settings: PolicySettings, seed: int = 0) -> None:
-        context = multiprocessing.get_context("spawn")
+        # ranks are forked from a clean server that has loaded Megatron once and started nothing
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["megatron_fapo.policy.rank"])
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []

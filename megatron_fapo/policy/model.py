@@ -46,7 +46,7 @@ def connect(rank: int, address: str, port: int, settings: PolicySettings, device
     torch.set_num_threads(settings.threads)
     # warn_only: what has no deterministic form on this device is named in the log rather than refused
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and hides nothing here
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time and hides nothing here
     dist.init_process_group(
         device.backend,
         init_method=f"tcp://{address}:{port}",
