@@ -31,10 +31,10 @@ class StepRecord:
 class Sink(Protocol):
     """Something that keeps or shows steps.
 
-    Contract: `write` comes once a step, steps rising; when it returns, a killed process loses nothing of that step.
-    A sink opened with `resume_step` forgets what it holds of that step and later ones, and repairs what a killed
-    process left half written. `close` may come at any time and twice, and nothing is written after it. Errors are
-    DataErrors that name the file.
+    Contract: `write` comes once a step, steps rising; when it returns, a killed process loses nothing of that step
+    (wandb, which writes in the background, may). A sink opened with `resume_step` forgets what it holds of that step
+    and later ones (wandb logs them again), and repairs what a killed process left half written. `close` may come at
+    any time and twice, and nothing is written after it. Errors are DataErrors that name the file.
     """
 
     def write(self, record: StepRecord) -> None:

@@ -1,14 +1,19 @@
 """Settings of what is shown and recorded. Light: no torch, no wandb."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from megatron_fapo.settings import Settings
+
+# YAML reads a bare `off` as false.
+_OffIsAWord = BeforeValidator(lambda value: "off" if value is False else value)
 
 
 class ObserveSettings(Settings):
     """What is shown and recorded. `metrics.jsonl` is always written."""
 
-    console: Literal["auto", "live", "plain", "off"] = "auto"
+    console: Annotated[Literal["auto", "live", "plain", "off"], _OffIsAWord] = "auto"
     """What stands on the terminal: `live` a table that is drawn anew, `plain` one line a step; `auto` takes `live` on a
     terminal and `plain` elsewhere (CI, Slurm logs)."""
     rollouts: bool = True
@@ -17,7 +22,7 @@ class ObserveSettings(Settings):
     """Write `report.html` into the run folder when the run ends."""
     tensorboard: bool = False
     """Write TensorBoard event files into `tensorboard/`."""
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Annotated[Literal["off", "offline", "online"], _OffIsAWord] = "off"
     """Weights & Biases; `offline` only writes files, which `wandb sync` sends later."""
     wandb_project: str = "megatron-fapo"
     """Project of the run at Weights & Biases."""

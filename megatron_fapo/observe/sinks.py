@@ -108,7 +108,12 @@ class Sinks:
 
 @contextmanager
 def open_sinks(
-    settings: ObserveSettings, folder: Path, *, config: Mapping[str, Any], resume_step: int = 0
+    settings: ObserveSettings,
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    resume_step: int = 0,
+    clock: Clock | None = None,
 ) -> Iterator[Sinks]:
     """The sinks of a run in `folder`, closed at the end; then the run's report, unless the run failed.
 
@@ -123,7 +128,7 @@ def open_sinks(
             sinks.append(sink)
         console = open_console(settings.console, info, first_step=resume_step)
         stack.callback(console.close)
-        together = Sinks(sinks, console, info)
+        together = Sinks(sinks, console, info, clock)
         yield together
         together.finish()
     if settings.report and (folder / jsonl.NAME).stat().st_size:

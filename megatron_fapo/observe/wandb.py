@@ -57,5 +57,8 @@ class WandbSink:
     def close(self) -> None:
         """Finish the run; online it waits for what is still to be sent."""
         if self._run is not None:
+            import wandb
+
             self._run.finish()
             self._run = None
+            wandb.teardown()  # only when its background process has ended are the files surely whole
