@@ -7,7 +7,7 @@ driver (this process: loop, sampler, judge scheduling, sinks)
 """
 
 import asyncio
-import os
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -88,7 +88,8 @@ async def open_cluster(
             await asyncio.gather(servers_starting, return_exceptions=True)
             raise
         task = await stack.enter_async_context(open_task(config))
-        transport = SharedMemory(config.publish, f"{os.getpid()}")
+        # Named after the run, so that a resumed run reuses (and removes) what a killed one left behind.
+        transport = SharedMemory(config.publish, hashlib.blake2b(bytes(folder.path), digest_size=8).hexdigest())
         stack.callback(transport.close)
         yield Cluster(
             models={"policy": model},
