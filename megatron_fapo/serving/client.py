@@ -8,7 +8,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -76,7 +76,7 @@ class ServerClient:
         waiting = set(request.ids)
         async with self._exchange("POST", "/generate", body, request.ids[0]) as response:
             async for line in _lines(response):
-                sample = _from_line(_parsed(line, self.url))
+                sample = _from_line(_parsed(line, self.url), self.url)
                 waiting.discard(sample.id)
                 yield sample
             if waiting:
@@ -337,31 +337,38 @@ def _version(text: object) -> int:
         return NO_VERSION
 
 
-def _from_line(line: Json) -> Generation:
+def _from_line(line: Json, url: str) -> Generation:
     """A line of our `group_stream`."""
-    return Generation(
-        id=line["id"],
-        token_ids=ints(np.frombuffer(base64.b64decode(line["tokens"]), "<i4")),
-        logprobs=floats(np.frombuffer(base64.b64decode(line["logprobs"]), "<f4")),
-        versions=tuple(VersionSpan(start=s["start"], version=_version(s["version"])) for s in line["weight_versions"]),
-        finish_reason=line["finish_reason"],
-    )
+    with _complete(url, line.get("id")):
+        return Generation(
+            id=line["id"],
+            token_ids=ints(np.frombuffer(base64.b64decode(line["tokens"]), "<i4")),
+            logprobs=floats(np.frombuffer(base64.b64decode(line["logprobs"]), "<f4")),
+            versions=tuple(_spans(line)),
+            finish_reason=line["finish_reason"],
+        )
 
 
 def _from_sglang(rid: str, answer: Json, url: str) -> Generation:
     """An answer of SGLang's /generate."""
-    try:
+    with _complete(url, rid):
         meta = answer["meta_info"]
-        logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
         return Generation(
             id=rid,
             token_ids=ints(answer["output_ids"]),
-            logprobs=floats(logprobs),
+            logprobs=floats([entry[0] for entry in meta["output_token_logprobs"]]),
             versions=tuple(_spans(meta)),
             finish_reason=meta["finish_reason"]["type"],
         )
+
+
+@contextmanager
+def _complete(url: str, rid: str | None) -> Iterator[None]:
+    """What is missing in an answer, or malformed, is the server's error."""
+    try:
+        yield
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ServerError(f"{url} answered without what was asked for: {error!r}", request=rid) from None
+        raise ServerError(f"{url} answered without what was asked for: {error!r}", **_where(rid)) from None
 
 
 def _spans(meta: Json) -> Iterator[VersionSpan]:

@@ -4,14 +4,18 @@ Book-keeping is arrays over rows, so that a token costs a handful of numpy calls
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megatron_fapo.records import FinishReason
 from megatron_fapo.serving.engine.model import Model
 from megatron_fapo.serving.engine.sample import Answer, Sample
 from megatron_fapo.serving.engine.sampling import draw, uniforms
+
+Array = npt.NDArray[Any]
 
 _NO_TOKEN = -1
 
@@ -91,6 +95,7 @@ class Batch:
             cached=int(self._cached[row]),
         )
 
+    @torch.inference_mode()
     def remove(self, rows: Sequence[int]) -> None:
         """Let rows go and close the gaps."""
         leaving, before = set(rows), len(self)
@@ -113,14 +118,14 @@ class Batch:
         for row, sample in enumerate(self.samples):
             answer = self.answer(row)
             sample.tokens, sample.logprobs, sample.versions = answer.tokens, answer.logprobs, answer.versions
-        samples = self.samples
+        samples = list(self.samples)
         self.remove(range(len(samples)))
-        return list(samples)
+        return samples
 
     def _padded(self, number: int) -> int:
         return -(-number // self.granularity) * self.granularity
 
-    def _per_row(self) -> tuple[np.ndarray, ...]:  # type: ignore[type-arg]
+    def _per_row(self) -> tuple[Array, ...]:
         return (
             self._last,
             self._position,

@@ -58,15 +58,16 @@ class Engine:
         self._cache_released = False
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_failure: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failure: BaseException | None = None
         """What ended the engine's thread, if something did."""
 
     # The event loop's side.
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the thread; answers are delivered on `loop`."""
-        self._loop = loop
+    def start(self, loop: asyncio.AbstractEventLoop, on_failure: Callable[[], None]) -> None:
+        """Start the thread; answers are delivered on `loop`, and `on_failure` is called there should the thread die."""
+        self._loop, self._on_failure = loop, on_failure
         self._thread.start()
 
     def stop(self) -> None:
@@ -79,6 +80,7 @@ class Engine:
     def submit(self, samples: Sequence[Sample]) -> None:
         """Queue samples; their answers come to their inboxes."""
         with self._wake:
+            self.check()
             self._arrived.extend(samples)
             self._wake.notify()
 
@@ -92,9 +94,15 @@ class Engine:
         """Run a command between two tokens and return its result, or raise its error."""
         future: Future[T] = Future()
         with self._wake:
+            self.check()
             self._commands.append((command, future))
             self._wake.notify()
         return await asyncio.wrap_future(future)
+
+    def check(self) -> None:
+        """Raise ServerError when the thread has died."""
+        if self.failure is not None:
+            raise ServerError(f"the engine failed: {type(self.failure).__name__}: {self.failure}")
 
     @property
     def version(self) -> str:
@@ -147,17 +155,7 @@ class Engine:
         self._batch.remove(rows)
         queued = [sample for sample in self._waiting if hit(sample)]
         self._waiting = deque(sample for sample in self._waiting if not hit(sample))
-        for sample in queued:
-            answers.append(
-                Answer(
-                    sample=sample,
-                    tokens=sample.tokens,
-                    logprobs=sample.logprobs,
-                    versions=sample.versions,
-                    reason="abort",
-                    matched=why,
-                )
-            )
+        answers.extend(_aborted(sample, why) for sample in queued)
         self._deliver(answers)
         return len(answers)
 
@@ -223,12 +221,12 @@ class Engine:
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
         try:
-            while self._next():
-                pass
+            with torch.inference_mode():
+                while self._next():
+                    pass
         except BaseException as error:
             log.exception("the engine's thread ended")
-            self.failure = error
-            self._fail_everything(error)
+            self._fail(error)
 
     def _next(self) -> bool:
         """Take in what arrived, then one round; False when the engine is to stop."""
@@ -304,10 +302,29 @@ class Engine:
             cached=answer.cached,
         )
 
-    def _fail_everything(self, error: BaseException) -> None:
-        for _, future in self._commands:
+    def _fail(self, error: BaseException) -> None:
+        """Wake everyone who waits; `check` then raises for them."""
+        with self._wake:
+            self.failure = error
+            commands, samples = list(self._commands), [*self._batch.samples, *self._waiting, *self._arrived]
+            self._commands.clear()
+        for _, future in commands:
             future.set_exception(ServerError(f"the engine failed: {error}"))
-        self.abort(None, f"the engine failed: {error}")
+        self._deliver([_aborted(sample, "the engine failed") for sample in samples])
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._on_failure)
+
+
+def _aborted(sample: Sample, why: str) -> Answer:
+    """The answer of a sample that is not running, with what it drew before a retraction."""
+    return Answer(
+        sample=sample,
+        tokens=sample.tokens,
+        logprobs=sample.logprobs,
+        versions=sample.versions,
+        reason="abort",
+        matched=why,
+    )
 
 
 def _put(answers: list[Answer]) -> None:

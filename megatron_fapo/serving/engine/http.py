@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -87,8 +87,7 @@ class Routes:
 
     async def health(self, request: web.Request) -> web.Response:
         """200 while the engine's thread lives."""
-        if self._engine.failure is not None:
-            return _error(503, f"the engine failed: {self._engine.failure}")
+        self._engine.check()
         return web.Response()
 
     async def health_generate(self, request: web.Request) -> web.StreamResponse:
@@ -148,25 +147,24 @@ class Routes:
 
     async def _group_stream(self, request: web.Request, parsed: Parsed) -> web.StreamResponse:
         """One line a finished sample."""
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-        await response.prepare(request)
-        async for answers in self._answers(parsed):
-            lines = [json.dumps(protocol.render_compact(a, self._engine.versions)) for a in answers if a.reason]
-            if lines:
-                await response.write(("\n".join(lines) + "\n").encode())
-        await response.write_eof()
-        return response
+
+        async def pieces() -> AsyncGenerator[bytes, None]:
+            async for answers in self._answers(parsed):
+                lines = [json.dumps(protocol.render_compact(a, self._engine.versions)) for a in answers if a.reason]
+                yield "".join(f"{line}\n" for line in lines).encode()
+
+        return await _stream(request, "application/x-ndjson", pieces())
 
     async def _event_stream(self, request: web.Request, parsed: Parsed) -> web.StreamResponse:
         """Server-sent events, each with all tokens so far, as SGLang sends them."""
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        async for answers in self._answers(parsed):
-            for answer in answers:
-                await response.write(f"data: {json.dumps(self._render(answer, parsed))}\n\n".encode())
-        await response.write(b"data: [DONE]\n\n")
-        await response.write_eof()
-        return response
+
+        async def pieces() -> AsyncGenerator[bytes, None]:
+            async for answers in self._answers(parsed):
+                for answer in answers:
+                    yield f"data: {json.dumps(self._render(answer, parsed))}\n\n".encode()
+            yield b"data: [DONE]\n\n"
+
+        return await _stream(request, "text/event-stream", pieces())
 
     def _render(self, answer: Answer, parsed: Parsed) -> Json:
         return protocol.render(answer, parsed, self._engine.versions, self._text)
@@ -180,10 +178,11 @@ class Routes:
                 answers = [await parsed.inbox.get()]
                 while not parsed.inbox.empty():
                     answers.append(parsed.inbox.get_nowait())
+                self._engine.check()
                 left.difference_update(answer.sample.index for answer in answers if answer.reason)
                 yield answers
         finally:
-            if left:
+            if left and self._engine.failure is None:
                 for sample in parsed.samples:
                     sample.aborted = True
                 self._engine.forget()
@@ -276,6 +275,23 @@ class Routes:
 
 def _error(status: int, message: str) -> web.Response:
     return web.json_response({"success": False, "error": {"message": message, "code": status}}, status=status)
+
+
+async def _stream(request: web.Request, kind: str, pieces: AsyncGenerator[bytes, None]) -> web.StreamResponse:
+    """Send pieces as they come. An error after the first one can only be shown by breaking the connection off."""
+    response = web.StreamResponse(headers={"Content-Type": kind})
+    await response.prepare(request)
+    try:
+        async for piece in pieces:
+            if piece:
+                await response.write(piece)
+    except FapoError:
+        log.exception("a stream broke off")
+        if request.transport is not None:
+            request.transport.abort()
+    finally:
+        await pieces.aclose()
+    return response
 
 
 async def _body(request: web.Request) -> Json:

@@ -21,6 +21,8 @@ class HuggingFaceModel:
             raise ConfigError(f"{folder}: attends to {window} positions; set context_length to at most that")
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
         self._dtype = dtype
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.clone()  # a mapped file's memory cannot be released
         self.parameters: dict[str, Tensor] = {name: p.data for name, p in self._model.named_parameters()}
         self.vocabulary = int(config["vocab_size"])
 

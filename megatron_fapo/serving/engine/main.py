@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 def serve(settings: ServerSettings, ready: Callable[[str], None] = lambda url: None) -> None:
     """Serve until SIGTERM or SIGINT. `ready` is called with the URL once requests are answered.
 
-    Raises ConfigError and DataError for settings or a model that cannot be served.
+    Raises ConfigError and DataError for settings or a model that cannot be served, ServerError when the engine fails.
     """
     settings.api_key()
     text = Text(Path(settings.model))
@@ -41,12 +41,13 @@ def serve(settings: ServerSettings, ready: Callable[[str], None] = lambda url: N
             port = await listen(app_runner, settings.host, settings.port)
             # Routes answer 503 meanwhile; torch is imported there, not before the port is open.
             engine, limits = await asyncio.to_thread(_load, settings, text)
-            engine.start(asyncio.get_running_loop())
+            engine.start(asyncio.get_running_loop(), on_failure=stop.set)
             routes.open(engine, limits)
             log.info("serving %s on %s:%d", settings.model, settings.host, port)
             ready(f"http://{settings.host}:{port}")
             await stop.wait()
             engine.stop()
+            engine.check()
         finally:
             await app_runner.cleanup()
 

@@ -1,5 +1,6 @@
 """The weights of a running model: read from disk, copied from shared memory, summed, released."""
 
+import ctypes
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +169,9 @@ class Weights:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's own bytes, without a copy; all parameters are contiguous."""
-    data: memoryview = tensor.detach().view(torch.uint8).flatten().numpy().data
-    return data
+    """The tensor's own bytes, without a copy; all parameters are contiguous.
+
+    By address, since a storage that numpy has looked at can no longer be released.
+    """
+    nbytes = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
