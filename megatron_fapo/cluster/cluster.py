@@ -17,6 +17,7 @@ from megatron_fapo.cluster.ranks import MegatronModel
 from megatron_fapo.cluster.ray_session import ray_session
 from megatron_fapo.cluster.serve_roles import make_evaluator, make_sampler, open_servers, open_task
 from megatron_fapo.config import Config
+from megatron_fapo.errors import ServerUnreachable
 from megatron_fapo.publish.publisher import SharedMemory, WeightTransport, publish
 from megatron_fapo.records import Role, RunState, WeightVersion
 from megatron_fapo.rollout.sampler import Sampler
@@ -50,7 +51,12 @@ class Cluster:
 
     async def publish(self, version: int) -> WeightVersion:
         """The policy's present weights to its servers, confirmed by checksum. Start, resume and each step alike."""
-        return await publish(self.policy, self.servers["policy"].clients, self.transport, version)
+        servers = self.servers["policy"]
+        try:
+            return await publish(self.policy, servers.clients, self.transport, version)
+        except ServerUnreachable:
+            servers.diagnose()
+            raise
 
     async def save(self, state: RunState) -> int:
         """A checkpoint of everything that resume needs; returns its step."""

@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_enable_metrics_collection", "false")
 
-import ray
+import ray as ray
 
 OBJECT_STORE_BYTES = 200 * 2**20
 """For a Ray that we start: it only carries batches and reports."""

@@ -204,15 +204,15 @@ class ServerGroup:
     """Several servers of one role as one `Generator`: each request goes where the fewest samples are outstanding.
 
     A request whose server dies goes on at another one with the samples that have not arrived; a server that failed
-    is asked last until all servers have answered a control verb again. `diagnose` is called when no server is left;
+    is asked last until all servers have answered a control verb again. `diagnose` is awaited when no server is left;
     it may raise an error that says more (the launcher's quotes a dead server's log).
     """
 
-    def __init__(self, clients: Sequence[ServerClient], diagnose: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, clients: Sequence[ServerClient], diagnose: Callable[[], Awaitable[None]] | None = None) -> None:
         if not clients:
             raise ValueError("a group needs at least one server")
         self.clients = tuple(clients)
-        self._diagnose = diagnose
+        self.diagnose = diagnose
         self._outstanding = dict.fromkeys(self.clients, 0)
         self._failed: set[ServerClient] = set()
 
@@ -235,7 +235,7 @@ class ServerGroup:
             except ServerUnreachable:
                 self._failed.add(client)
                 if not untried:
-                    self._diagnose()
+                    self.diagnose()
                     raise
                 if not waiting:
                     return
