@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import save_file
 
-from megatron_fapo.errors import PolicyError
+from megatron_fapo.errors import DataError, PolicyError
 from megatron_fapo.policy.model import Model
 from megatron_fapo.records import Bucket, TensorSpec, WeightVersion
 from megatron_fapo.weights import Segment, aligned, checksum, digest
@@ -62,6 +62,15 @@ def plan(model: Model) -> tuple[Piece, ...]:
     for piece in (piece for stage in stages for piece in stage):
         planned.setdefault(piece.tensors[0][0], piece)
     return tuple(planned.values())
+
+
+def check_names(model: Model) -> None:
+    """Refuse a folder that holds tensors with no place in the model, as an unsupported variant would. Collective."""
+    known = {name for piece in plan(model) for name, _ in piece.tensors}
+    found = set(model.bridge.safetensor_io.load_hf_weight_names())
+    tied = {"lm_head.weight"} if model.bridge.hf_config.tie_word_embeddings else set()
+    if extra := sorted(found - known - tied):
+        raise DataError(f"{len(extra)} tensors of the folder have no place in the model, the first is {extra[0]}")
 
 
 def _piece(model: Model, local_name: str, name: str, param: torch.Tensor) -> Piece:

@@ -1,6 +1,8 @@
 """Build a Megatron model and its optimizer from a Hugging Face folder."""
 
 import logging
+import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,11 +17,12 @@ from megatron.core.enums import ModelType
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.compat.bridge import make_bridge
-from megatron_fapo.errors import ConfigError
+from megatron_fapo.errors import ConfigError, DataError
 from megatron_fapo.policy.settings import PolicySettings
 
 log = logging.getLogger(__name__)
@@ -47,6 +50,9 @@ def connect(rank: int, address: str, port: int, settings: PolicySettings, device
     # warn_only: what has no deterministic form on this device is named in the log rather than refused
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time and hides nothing here
+    if address.startswith("127."):  # gloo would ask the resolver for the host's name, and listen where that points
+        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     dist.init_process_group(
         device.backend,
         init_method=f"tcp://{address}:{port}",
@@ -62,7 +68,12 @@ def connect(rank: int, address: str, port: int, settings: PolicySettings, device
 
 
 def build(settings: PolicySettings, device: Device) -> Model:
-    """Build this rank's part with the weights of `settings.model`, and its optimizer. Collective over all ranks."""
+    """Build this rank's part with the weights of `settings.model`, and its optimizer. Collective over all ranks.
+
+    Raises ConfigError for a config or layout that cannot be built, DataError for a folder that does not hold it.
+    """
+    if not (settings.model / "config.json").is_file():
+        raise DataError(f"{settings.model}: no Hugging Face model here, config.json is missing")
     dtype: torch.dtype = getattr(torch, settings.dtype)
     hf_config = AutoConfig.from_pretrained(settings.model)
     check_layout(hf_config, settings)
@@ -83,7 +94,12 @@ def build(settings: PolicySettings, device: Device) -> Model:
     module.model_type = ModelType.encoder_or_decoder
     for param in module.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
-    bridge.load_weights([module], str(settings.model))
+    try:
+        bridge.load_weights([module], str(settings.model))
+    except (KeyError, ValueError, OSError, SafetensorError) as error:
+        raise DataError(
+            f"{settings.model}: the weights do not fit its config: {error}", rank=dist.get_rank()
+        ) from error
     module.to(device.torch_device())
     parallel = _data_parallel(module, bridge.config, settings)
     optimizer = _optimizer(parallel, settings, device)

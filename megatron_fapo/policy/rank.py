@@ -58,7 +58,8 @@ class PolicyRank:
     def setup(self, rank: int, world: int, address: str, port: int, settings: PolicySettings, seed: int) -> Layout:
         """Meet the other ranks, build this rank's part of the model and load the weights. Collective.
 
-        Raises ConfigError for a model or layout that cannot be built, PolicyError when the ranks do not meet.
+        Raises ConfigError for a model or layout that cannot be built, DataError for a folder whose weights do not
+        fit, PolicyError when the ranks do not meet.
         """
         if world != settings.parallel.world:
             raise PolicyError(f"{world} ranks were started for a layout of {settings.parallel.world}", rank=rank)
@@ -69,6 +70,7 @@ class PolicyRank:
             raise PolicyError(f"the ranks did not meet at {address}:{port}: {error}", rank=rank) from error
         with self.device.active():
             self._model = build(settings, self.device)
+            export.check_names(self._model)
         self._settings, self._updates, self._export = settings, 0, None
         return self._layout
 

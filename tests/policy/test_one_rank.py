@@ -1,18 +1,20 @@
 """What a single rank does: rescoring, skipping, refusing, other model families. One process serves all tests."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.batch.pack import SupervisedExample, make_batch, make_supervised_batch
 from megatron_fapo.batch.settings import BatchSettings
-from megatron_fapo.errors import ConfigError, Diverged, PolicyError
+from megatron_fapo.errors import ConfigError, DataError, Diverged, PolicyError
 from megatron_fapo.policy.local import LocalRanks
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.policy.supervised import train_supervised
@@ -193,6 +195,38 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(qwen3: Path) -> None
         check_layout(config, policy_settings(qwen3, pipeline=3))
 
 
+def test_a_folder_that_does_not_hold_the_model_is_named(process: Process, qwen3: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"config.json is missing"):
+        process(policy_settings(tmp_path / "nowhere"))
+    tensors = load_file(qwen3 / "model.safetensors")
+    folder = Path(shutil.copytree(qwen3, tmp_path / "more"))
+    save_file({**tensors, "model.layers.0.extra.weight": np.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"1 tensors .* model.layers.0.extra.weight"):
+        process(policy_settings(folder))
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"model.norm.weight.*rank 0"):
+        process(policy_settings(folder))
+
+
+def test_the_plain_optimizer_does_what_the_distributed_one_does(process: Process, qwen3: Path, tmp_path: Path) -> None:
+    settings = policy_settings(qwen3)
+    seen = []
+    for distributed in (True, False):
+        chosen = settings.changed(optimizer=settings.optimizer.changed(distributed=distributed))
+        ranks = process(chosen)
+        folder = str(tmp_path / str(distributed))
+        first = ranks.call("update", step_batch(0, ranks.layout), LOSS)[0].updates
+        ranks.call("save", folder)
+        second = ranks.call("update", step_batch(1, ranks.layout), LOSS)[0].updates
+        ranks = process(chosen)
+        ranks.call("load", folder)
+        assert ranks.call("update", step_batch(1, ranks.layout), LOSS)[0].updates == second
+        seen.append(first + second)
+    for ours, reference in zip(*seen, strict=True):
+        assert (ours.loss, ours.grad_norm) == pytest.approx((reference.loss, reference.grad_norm), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [("Qwen3", {"head_dim": 16, "tie_word_embeddings": False}), ("Qwen2", {}), ("Llama", {"head_dim": 8})],
@@ -201,7 +235,6 @@ def test_other_families_round_trip_and_score_like_hugging_face(
     process: Process, tmp_path: Path, kind: str, changes: dict[str, Any]
 ) -> None:
     import torch
-    from safetensors.numpy import load_file
     from transformers import AutoModelForCausalLM
 
     folder = save_tiny(kind, tmp_path / "hf", **changes)
