@@ -1,5 +1,7 @@
 """The learning rate as a function of the update."""
 
+import itertools
+
 import pytest
 from pydantic import ValidationError
 
@@ -17,7 +19,7 @@ def test_cosine_falls_to_its_floor_and_stays() -> None:
     rates = [learning_rate(n, settings) for n in range(20)]
     assert rates[:3] == [1.0, 2.0, 2.0]
     assert rates[7] == pytest.approx(2.0 * 0.55)
-    assert all(later <= earlier for earlier, later in zip(rates[2:], rates[3:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
     assert rates[12:] == pytest.approx([0.2] * 8)
 
 
