@@ -24,6 +24,9 @@ PauseMode = Literal["in_place", "retract", "abort"]
 NO_VERSION = -1
 """Version of tokens drawn with weights that no update named by a number, such as those loaded at the start."""
 
+_DYING = 0.1
+"""Seconds from a broken connection to the end of a process that is killed, generously."""
+
 
 class ServerClient:
     """A generation server at a URL. Implements `Generator` and `WeightReceiver`.
@@ -204,11 +207,11 @@ class ServerGroup:
     """Several servers of one role as one `Generator`: each request goes where the fewest samples are outstanding.
 
     A request whose server dies goes on at another one with the samples that have not arrived; a server that failed
-    is asked last until all servers have answered a control verb again. `diagnose` is awaited when no server is left;
+    is asked last until all servers have answered a control verb again. `diagnose` is called when no server is left;
     it may raise an error that says more (the launcher's quotes a dead server's log).
     """
 
-    def __init__(self, clients: Sequence[ServerClient], diagnose: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(self, clients: Sequence[ServerClient], diagnose: Callable[[], None] = lambda: None) -> None:
         if not clients:
             raise ValueError("a group needs at least one server")
         self.clients = tuple(clients)
@@ -235,6 +238,7 @@ class ServerGroup:
             except ServerUnreachable:
                 self._failed.add(client)
                 if not untried:
+                    await asyncio.sleep(_DYING)
                     self.diagnose()
                     raise
                 if not waiting:

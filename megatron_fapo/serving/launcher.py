@@ -33,8 +33,17 @@ class ServerProcess:
 
     def check(self) -> None:
         """Raise ServerError with the last lines of its log when the server has ended."""
-        if self.process.returncode is not None:
-            raise died(self.pid, self.process.returncode, self.log)
+        status = self.process.returncode
+        if status is None:
+            # asyncio learns of an end one turn of its loop late; the kernel knows, and keeps it for asyncio.
+            try:
+                ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                raise died(self.pid, None, self.log) from None
+            if ended is None:
+                return
+            status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        raise died(self.pid, status, self.log)
 
     async def stop(self) -> None:
         """Ask it to end; kill it when it does not."""
@@ -43,7 +52,8 @@ class ServerProcess:
 
 def died(pid: int, code: int | None, log: Path) -> ServerError:
     """The error for a server that has ended: its exit status and what it said last."""
-    return ServerError(f"server ended with status {code}; the end of {log}:\n{_tail(log)}", pid=pid)
+    status = "an unknown status" if code is None else f"status {code}"
+    return ServerError(f"server ended with {status}; the end of {log}:\n{_tail(log)}", pid=pid)
 
 
 async def launch_one(settings: ServerSettings, log: Path, port: int) -> ServerProcess:

@@ -17,6 +17,7 @@ from megatron_fapo.serving.engine.sample import Answer
 from megatron_fapo.serving.engine.text import Text
 from megatron_fapo.serving.settings import ServerSettings
 
+Pieces = AsyncGenerator[tuple[bytes, bool], None]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 TAGS = ("weights", "kv_cache")
 _BODY_LIMIT = 256 * 2**20
@@ -135,7 +136,7 @@ class Routes:
         if parsed.stream:
             return await self._event_stream(request, parsed)
         results: list[Json] = [{}] * len(parsed.samples)
-        async for answers in self._answers(parsed):
+        async for answers, _ in self._answers(parsed):
             for answer in answers:
                 results[answer.sample.index] = self._render(answer, parsed)
         return web.json_response(results if parsed.many else results[0])
@@ -148,29 +149,28 @@ class Routes:
     async def _group_stream(self, request: web.Request, parsed: Parsed) -> web.StreamResponse:
         """One line a finished sample."""
 
-        async def pieces() -> AsyncGenerator[bytes, None]:
-            async for answers in self._answers(parsed):
+        async def pieces() -> Pieces:
+            async for answers, last in self._answers(parsed):
                 lines = [json.dumps(protocol.render_compact(a, self._engine.versions)) for a in answers if a.reason]
-                yield "".join(f"{line}\n" for line in lines).encode()
+                yield "".join(f"{line}\n" for line in lines).encode(), last
 
         return await _stream(request, "application/x-ndjson", pieces())
 
     async def _event_stream(self, request: web.Request, parsed: Parsed) -> web.StreamResponse:
         """Server-sent events, each with all tokens so far, as SGLang sends them."""
 
-        async def pieces() -> AsyncGenerator[bytes, None]:
-            async for answers in self._answers(parsed):
-                for answer in answers:
-                    yield f"data: {json.dumps(self._render(answer, parsed))}\n\n".encode()
-            yield b"data: [DONE]\n\n"
+        async def pieces() -> Pieces:
+            async for answers, last in self._answers(parsed):
+                events = [f"data: {json.dumps(self._render(answer, parsed))}\n\n" for answer in answers]
+                yield "".join([*events, "data: [DONE]\n\n"] if last else events).encode(), last
 
         return await _stream(request, "text/event-stream", pieces())
 
     def _render(self, answer: Answer, parsed: Parsed) -> Json:
         return protocol.render(answer, parsed, self._engine.versions, self._text)
 
-    async def _answers(self, parsed: Parsed) -> AsyncIterator[list[Answer]]:
-        """Submit, then yield what has come, many at a time; when the client leaves, its samples are aborted."""
+    async def _answers(self, parsed: Parsed) -> AsyncIterator[tuple[list[Answer], bool]]:
+        """Submit, then yield what has come, and whether that is all; when the client leaves, its samples end."""
         left = {sample.index for sample in parsed.samples}
         self._engine.submit(parsed.samples)
         try:
@@ -180,7 +180,7 @@ class Routes:
                     answers.append(parsed.inbox.get_nowait())
                 self._engine.check()
                 left.difference_update(answer.sample.index for answer in answers if answer.reason)
-                yield answers
+                yield answers, not left
         finally:
             if left and self._engine.failure is None:
                 for sample in parsed.samples:
@@ -277,20 +277,32 @@ def _error(status: int, message: str) -> web.Response:
     return web.json_response({"success": False, "error": {"message": message, "code": status}}, status=status)
 
 
-async def _stream(request: web.Request, kind: str, pieces: AsyncGenerator[bytes, None]) -> web.StreamResponse:
-    """Send pieces as they come. An error after the first one can only be shown by breaking the connection off."""
-    response = web.StreamResponse(headers={"Content-Type": kind})
-    await response.prepare(request)
+async def _stream(request: web.Request, kind: str, pieces: Pieces) -> web.StreamResponse:
+    """Send (piece, whether it is the last) as they come, in as few packets as that allows.
+
+    An error after the first piece can only be shown by breaking the connection off.
+    """
+    response: web.StreamResponse | None = None
     try:
-        async for piece in pieces:
-            if piece:
+        async for piece, last in pieces:
+            if response is None:
+                if last:
+                    return web.Response(body=piece, content_type=kind)
+                response = web.StreamResponse(headers={"Content-Type": kind})
+                await response.prepare(request)
+            if last:
+                await response.write_eof(piece)
+            elif piece:
                 await response.write(piece)
     except FapoError:
+        if response is None:
+            raise
         log.exception("a stream broke off")
         if request.transport is not None:
             request.transport.abort()
     finally:
         await pieces.aclose()
+    assert response is not None, "a request has at least one sample"
     return response
 
 

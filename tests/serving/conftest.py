@@ -1,0 +1,98 @@
+import asyncio
+import os
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+
+from megatron_fapo.records import GenerationRequest, Sampling, ints
+from megatron_fapo.serving.client import ServerClient
+from megatron_fapo.serving.launcher import launch_one
+from megatron_fapo.serving.settings import ServerSettings
+from tests.serving.worlds import CONTEXT, Reference, make_model
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    """Two models of one shape."""
+    root = tmp_path_factory.mktemp("models")
+    return make_model(root / "a", seed=0), make_model(root / "b", seed=1)
+
+
+@pytest.fixture(scope="session")
+def model_a(models) -> Reference:
+    return Reference(models[0])
+
+
+@pytest.fixture(scope="session")
+def model_b(models) -> Reference:
+    return Reference(models[1])
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory):
+    """Start a server and return its process; all are stopped at the end of the session."""
+    with asyncio.Runner() as runner:
+        started = []
+
+        def start(**settings):
+            log = tmp_path_factory.mktemp("server") / "server.log"
+            settings = ServerSettings.model_validate({"max_running": 64, "context_length": CONTEXT, **settings})
+            started.append(runner.run(launch_one(settings, log, 0)))
+            return started[-1]
+
+        yield start
+        for server in started:
+            runner.run(server.stop())
+
+
+@pytest.fixture(scope="session")
+def server_url(start_server, models) -> str:
+    """The server that the conformance tests talk to, serving the first model."""
+    return start_server(model=str(models[0])).url
+
+
+@pytest.fixture
+async def client(server_url, models):
+    """A client of that server; the server is left as it was found."""
+    async with ServerClient(server_url, timeout=30) as client:
+        yield client
+        await client.resume_memory()
+        await client.resume_generation()
+        if (await client.info())["weight_version"] != "default":
+            await client._json(
+                "POST", "/update_weights_from_disk", {"model_path": str(models[0]), "weight_version": "default"}
+            )
+
+
+@pytest.fixture
+async def post(server_url, client):
+    """POST a body as any HTTP client would: (status, JSON)."""
+    async with aiohttp.ClientSession() as session:
+
+        async def post(path, **body):
+            async with session.post(server_url + path, json=body) as response:
+                return response.status, await response.json()
+
+        yield post
+
+
+@pytest.fixture
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(2, 64, size).tolist() for size in (3, 5, 5, 8, 13, 1)]
+
+
+@pytest.fixture
+def request_for():
+    """A request by its few varying parts."""
+
+    def make(prompt, seeds=(1,), name="q", **sampling):
+        sampling = Sampling(**{"max_new_tokens": 16, **sampling})
+        ids = tuple(f"{name}-r{i}" for i in range(len(seeds)))
+        return GenerationRequest(ids=ids, token_ids=ints(prompt), seeds=tuple(seeds), sampling=sampling)
+
+    return make

@@ -1,0 +1,285 @@
+"""Processes, keys, aborts, and servers that die or misbehave."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from aiohttp import web
+from pydantic import ValidationError
+
+from megatron_fapo.errors import ConfigError, RequestRejected, ServerError, ServerUnreachable
+from megatron_fapo.serving.client import ServerClient, ServerGroup
+from megatron_fapo.serving.launcher import launch, launch_one, processes
+from megatron_fapo.serving.settings import ServerSettings
+
+
+async def collect(generator, request):
+    return [sample async for sample in generator.generate(request)]
+
+
+async def until(condition, seconds=10.0):
+    """Wait for something to come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def fake():
+    """A real server that behaves as its handler says: `fake(handler)` -> URL."""
+    runners = []
+
+    async def start(generate):
+        app = web.Application()
+        app.router.add_post("/generate", generate)
+        app.router.add_get("/get_server_info", lambda request: web.json_response({"group_stream": True}))
+        runners.append(web.AppRunner(app))
+        await runners[-1].setup()
+        await web.TCPSite(runners[-1], "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{runners[-1].addresses[0][1]}"
+
+    yield start
+    for runner in runners:
+        await runner.cleanup()
+
+
+async def test_abort_by_id_and_of_all(client, request_for, prompts):
+    long = [request_for(prompts[0], name=name, max_new_tokens=900, seeds=(1, 2)) for name in ("one", "two", "onetwo")]
+    running = [asyncio.ensure_future(collect(client, request)) for request in long]
+    while (await client.info())["running"] < 6:
+        await asyncio.sleep(0.01)
+    await client.abort("one-")
+    first = await running[0]
+    assert [sample.finish_reason for sample in first if len(sample.token_ids) < 900 and sample.token_ids[-1] != 1]
+    assert not running[1].done() or not running[2].done()
+    await client.abort()
+    rest = await asyncio.gather(*running[1:])
+    assert {sample.finish_reason for samples in rest for sample in samples} <= {"abort", "stop"}
+    with pytest.raises(RequestRejected, match="rid"):
+        await client._json("POST", "/abort_request", {})
+
+
+async def test_what_a_client_leaves_behind_is_dropped(client, request_for, prompts):
+    request = request_for(prompts[0], seeds=range(8), max_new_tokens=1000)
+    task = asyncio.ensure_future(collect(client, request))
+    while (await client.info())["running"] < 8:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.wait({task})
+    for _ in range(200):
+        info = await client.info()
+        if info["running"] == 0:
+            break
+        await asyncio.sleep(0.02)
+    assert (info["running"], info["waiting"]) == (0, 0)
+
+
+async def test_flush_waits_for_nobody(client, request_for, prompts):
+    await client.flush_cache()
+    assert len(await collect(client, request_for(prompts[0]))) == 1
+    task = asyncio.ensure_future(collect(client, request_for(prompts[0], seeds=range(4), max_new_tokens=1000)))
+    while (await client.info())["running"] == 0:
+        await asyncio.sleep(0.005)
+    with pytest.raises(RequestRejected, match="samples run"):
+        await client.flush_cache()
+    await client.abort()
+    await task
+
+
+@pytest.fixture(scope="module")
+def locked_url(start_server, models, tmp_path_factory):
+    """A server that asks for a key."""
+    key = tmp_path_factory.mktemp("key") / "key"
+    key.write_text("open sesame\n")
+    return start_server(model=str(models[0]), api_key_file=str(key)).url
+
+
+async def test_a_key_is_asked_for_where_there_is_one(locked_url, request_for, prompts):
+    url = locked_url
+    async with ServerClient(url) as stranger, ServerClient(url, "open sesame") as friend:
+        assert not await stranger.health()
+        with pytest.raises(RequestRejected, match="API key"):
+            await stranger.info()
+        with pytest.raises(RequestRejected, match="API key"):
+            await collect(stranger, request_for(prompts[0]))
+        assert len(await collect(friend, request_for(prompts[0]))) == 1
+
+
+def test_an_address_that_others_reach_needs_a_key(tmp_path):
+    for host in ("0.0.0.0", "::", "10.0.0.7", "gpu-box"):
+        with pytest.raises(ValidationError, match="api_key_file"):
+            ServerSettings(model="m", host=host)
+    for host in ("127.0.0.1", "localhost", "::1"):
+        ServerSettings(model="m", host=host)
+    with pytest.raises(ConfigError, match="No such file"):
+        ServerSettings(model="m", host="0.0.0.0", api_key_file=str(tmp_path / "none")).api_key()
+    (tmp_path / "empty").write_text(" \n")
+    with pytest.raises(ConfigError, match="empty"):
+        ServerSettings(model="m", api_key_file=str(tmp_path / "empty")).api_key()
+
+
+async def test_nobody_there(request_for, prompts, unused_tcp_port):
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    async with ServerClient(url) as client:
+        assert not await client.health()
+        with pytest.raises(ServerUnreachable, match=url):
+            await collect(client, request_for(prompts[0]))
+
+
+async def test_silence_is_a_server_that_cannot_be_reached(fake, request_for, prompts):
+    async def silent(request):
+        await asyncio.sleep(60)
+
+    async with ServerClient(await fake(silent), timeout=0.2) as client:
+        with pytest.raises(ServerUnreachable, match="Timeout"):
+            await collect(client, request_for(prompts[0]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        (lambda: web.Response(text="busy", status=503), ServerError, "busy.*status 503, request q-r0"),
+        (lambda: web.Response(text="no", status=422), RequestRejected, "no.*status 422"),
+        (lambda: web.Response(text="{}{\n"), ServerError, "not JSON"),
+        (lambda: web.Response(text="[1]\n"), ServerError, "list"),
+        (lambda: web.Response(text='{"id": "q-r0"}\n'), ServerError, "without"),
+        (lambda: web.Response(text=""), ServerUnreachable, "stopped before 1 samples"),
+    ],
+)
+async def test_what_a_server_does_wrong_becomes_one_of_our_errors(fake, request_for, prompts, answer, kind, words):
+    async def handler(request):
+        return answer()
+
+    async with ServerClient(await fake(handler)) as client:
+        with pytest.raises(kind, match=words):
+            await collect(client, request_for(prompts[0]))
+
+
+async def test_a_group_goes_on_elsewhere_when_a_server_dies_in_the_middle(
+    server_url, client, fake, request_for, prompts
+):
+    """The first server hands out two samples and dies; the other gives the rest, none twice."""
+    request = request_for(prompts[3], seeds=range(6))
+    good = {sample.id: sample for sample in await collect(client, request)}
+
+    async def dying(http_request):
+        from aiohttp import ClientSession
+
+        async with (
+            ClientSession() as session,
+            session.post(f"{server_url}/generate", data=await http_request.read()) as real,
+        ):
+            lines = (await real.read()).splitlines()
+        response = web.StreamResponse()
+        await response.prepare(http_request)
+        await response.write(b"\n".join(lines[:2]) + b"\n")
+        http_request.transport.close()
+        return response
+
+    dying_client = ServerClient(await fake(dying))
+    group = ServerGroup([dying_client, client])
+    samples = await collect(group, request)
+    assert sorted(sample.id for sample in samples) == sorted(request.ids)
+    for sample in samples:
+        assert sample.token_ids.tolist() == good[sample.id].token_ids.tolist()
+    with pytest.raises(ServerUnreachable):
+        await collect(ServerGroup([dying_client]), request)
+    await dying_client.close()
+
+
+async def test_requests_go_where_fewest_samples_are_outstanding(fake, request_for, prompts):
+    arrived, release = [], asyncio.Event()
+
+    def counting(place):
+        async def handler(request):
+            body = await request.json()
+            arrived.append((place, len(body["rid"])))
+            await release.wait()
+            return web.json_response({}, status=400)
+
+        return handler
+
+    clients = [ServerClient(await fake(counting(place))) for place in range(2)]
+    group = ServerGroup(clients)
+    tasks = []
+    for count in (4, 1, 1, 1, 2):
+        tasks.append(asyncio.ensure_future(collect(group, request_for(prompts[0], seeds=range(count)))))
+        await until(lambda: len(arrived) == len(tasks))
+    release.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert arrived == [(0, 4), (1, 1), (1, 1), (1, 1), (1, 2)]
+    await group.close()
+
+
+async def test_a_launched_server_that_is_killed_is_noticed_with_its_log(models, tmp_path, request_for, prompts):
+    settings = ServerSettings(model=str(models[0]), count=2)
+    async with processes(settings, "policy", tmp_path) as servers:
+        assert servers[0].url != servers[1].url
+        servers[0].check()
+        os.kill(servers[0].pid, signal.SIGKILL)
+        await asyncio.wait_for(servers[0].process.wait(), 10)
+        with pytest.raises(ServerError, match=r"(?s)status -9.*policy-0.log.*serving"):
+            servers[0].check()
+        survivor = servers[1]
+    assert survivor.process.returncode == 0
+
+
+async def test_when_no_server_is_left_the_error_quotes_the_log(models, tmp_path, request_for, prompts):
+    async with launch(ServerSettings(model=str(models[0])), "policy", tmp_path) as group:
+        assert len(await collect(group, request_for(prompts[0]))) == 1
+        (pid,) = [p for p in children() if p not in (os.getpid(),)][-1:]
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: pid not in children())
+        with pytest.raises(ServerError, match=r"(?s)ended with (status -9|an unknown status).*serving"):
+            await collect(group, request_for(prompts[0]))
+
+
+def children():
+    """Process ids of our own running children."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=,stat=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=False
+    )
+    rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
+    return [int(pid) for pid, state, args in rows if "engine.main" in args and "Z" not in state]
+
+
+async def test_a_server_that_cannot_start_says_why(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    settings = ServerSettings(model=str(tmp_path / "nothing"))
+    with pytest.raises(ServerError, match=r"(?s)status 2.*no config.json"):
+        await launch_one(settings, tmp_path / "log", 0)
+
+
+async def test_servers_end_with_the_process_that_launched_them(models, tmp_path):
+    script = f"""
+import asyncio, pathlib
+from megatron_fapo.serving.launcher import launch_one
+from megatron_fapo.serving.settings import ServerSettings
+async def main():
+    server = await launch_one(ServerSettings(model={str(models[0])!r}), pathlib.Path({str(tmp_path / "log")!r}), 0)
+    pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(server.pid))
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        await until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 30)
+        server = int((tmp_path / "pid").read_text())
+        assert alive(server)
+    finally:
+        parent.kill()
+        parent.wait()
+    await until(lambda: not alive(server))
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().split(")")[1].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
