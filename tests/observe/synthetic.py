@@ -140,8 +140,8 @@ def _verdict(
         return NotJudged(reason="off")
     if rng.random() < 0.005:
         return NotJudged(reason="failed", why="no \\boxed{} in the last 300 characters", tokens=60)
-    seen = -1 if rng.random() < 0.08 else oracle
-    if seen > 0 and rng.random() < 0.1:
+    seen = -1 if rng.random() < 0.1 else oracle
+    if seen > 0 and rng.random() < 0.25:
         seen -= 1
     words = clock_world.critique(problem, seen)
     return Verdict(first_wrong=seen, p_flawed=float(seen != -1), votes=1, tokens=len(words.split()), text=words)

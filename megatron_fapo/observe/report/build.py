@@ -1,11 +1,60 @@
-"""One self-contained HTML page that compares runs."""
+"""One self-contained HTML page that compares runs.
 
+The page asks for nothing outside itself, and its Content-Security-Policy would refuse it. Text of models enters in
+two ways only: escaped (`page.text`), or inside JSON (`page.data_script`) that script.js shows as text nodes.
+"""
+
+import base64
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 
-from megatron_fapo.observe.runs import RunRecord
+from megatron_fapo.errors import DataError
+from megatron_fapo.observe.interface import files_of
+from megatron_fapo.observe.report.arms import arms_of
+from megatron_fapo.observe.report.browser import browser
+from megatron_fapo.observe.report.curves import WINDOW, curves
+from megatron_fapo.observe.report.overview import headline, measured_by, phases, run_details, table, tiles
+from megatron_fapo.observe.report.page import data_script, text
+from megatron_fapo.observe.runs import LAST, RunRecord
+
+ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def write_report(runs: Sequence[RunRecord], out: Path) -> None:
-    """Write the page."""
-    out.write_text("")
+    """Write the page that compares `runs`. Raises DataError when rollouts are damaged or `out` cannot be written."""
+    page = render(runs)
+    with files_of(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+
+
+def render(runs: Sequence[RunRecord]) -> str:
+    """The page."""
+    if not any(run.steps for run in runs):
+        raise DataError("nothing to report: no training step is finished in any of the runs")
+    arms = arms_of(runs)
+    in_order = [run for arm in arms for run in arm.runs]
+    script = "".join((ASSETS / name).read_text(encoding="utf-8") for name in ("charts.js", "browser.js"))
+    _, words = measured_by(arms)
+    finding = headline(arms)
+    basis = f"Share of right answers that are flawed by {words}; means" if words else "Means"
+    return Template((ASSETS / "page.html").read_text(encoding="utf-8")).substitute(
+        title=text(finding),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=(ASSETS / "style.css").read_text(encoding="utf-8"),
+        headline=text(finding),
+        basis=text(f"{basis} over the last {LAST} steps."),
+        tiles=tiles(arms),
+        table=table(arms),
+        curves_note=text(
+            f"Thin: one run each. Bold: the arm's mean over its seeds, running mean of {WINDOW} steps. "
+            "Point at a chart, or focus it and use the arrow keys, to read values."
+        ),
+        phases=phases(in_order),
+        runs=run_details(in_order),
+        curves_data=data_script("curves-data", curves(arms)),
+        rollouts_data=data_script("rollouts-data", browser(in_order)),
+        script=script,
+    )
