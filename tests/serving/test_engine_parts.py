@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from megatron_fapo.serving.engine.batch import Batch
 from megatron_fapo.serving.engine.decoder import Decoder, Shape, supports
+from megatron_fapo.serving.engine.folder import read_config
 from megatron_fapo.serving.engine.hugging_face import HuggingFaceModel
 from megatron_fapo.serving.engine.sample import Options, Sample
 from megatron_fapo.serving.engine.sampling import draw, uniforms
-from megatron_fapo.serving.engine.weights import Weights, read_config
+from megatron_fapo.serving.engine.weights import Weights
 from tests.serving.worlds import Reference, make_model
 
 KINDS = ["qwen3", "qwen2", "llama", "llama3-rope", "gpt2"]

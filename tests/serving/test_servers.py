@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import aiohttp
 import pytest
 from aiohttp import web
 from pydantic import ValidationError
@@ -38,7 +39,7 @@ async def fake():
         app = web.Application()
         app.router.add_post("/generate", generate)
         app.router.add_get("/get_server_info", lambda request: web.json_response({"group_stream": True}))
-        runners.append(web.AppRunner(app))
+        runners.append(web.AppRunner(app, shutdown_timeout=0.1))
         await runners[-1].setup()
         await web.TCPSite(runners[-1], "127.0.0.1", 0).start()
         return f"http://127.0.0.1:{runners[-1].addresses[0][1]}"
@@ -48,43 +49,55 @@ async def fake():
         await runner.cleanup()
 
 
-async def test_abort_by_id_and_of_all(client, request_for, prompts):
-    long = [request_for(prompts[0], name=name, max_new_tokens=900, seeds=(1, 2)) for name in ("one", "two", "onetwo")]
-    running = [asyncio.ensure_future(collect(client, request)) for request in long]
-    while (await client.info())["running"] < 6:
-        await asyncio.sleep(0.01)
+@pytest.fixture
+async def endless(server_url, client):
+    """Start a request that draws 1000 tokens whatever they are, and wait until it runs: `await endless(rid, n)`."""
+    async with aiohttp.ClientSession() as session:
+        expected = 0
+
+        async def post(rid, n):
+            parameters = {"n": n, "max_new_tokens": 1000, "ignore_eos": True}
+            body = {"rid": rid, "input_ids": [5, 6], "sampling_params": parameters}
+            async with session.post(f"{server_url}/generate", json=body) as response:
+                answers = await response.json()
+                return [answer["meta_info"]["finish_reason"]["type"] for answer in answers]
+
+        async def start(rid, n):
+            nonlocal expected
+            expected += n
+            task = asyncio.ensure_future(post(rid, n))
+            while (await client.info())["running"] < expected:
+                await asyncio.sleep(0.005)
+            return task
+
+        yield start
+
+
+async def test_abort_by_id_and_of_all(client, endless):
+    one, two, onetwo = [await endless(name, 2) for name in ("one", "two", "onetwo")]
     await client.abort("one-")
-    first = await running[0]
-    assert [sample.finish_reason for sample in first if len(sample.token_ids) < 900 and sample.token_ids[-1] != 1]
-    assert not running[1].done() or not running[2].done()
+    assert await one == ["abort", "abort"]
+    assert not two.done()
+    assert not onetwo.done()
     await client.abort()
-    rest = await asyncio.gather(*running[1:])
-    assert {sample.finish_reason for samples in rest for sample in samples} <= {"abort", "stop"}
+    assert await two == await onetwo == ["abort", "abort"]
     with pytest.raises(RequestRejected, match="rid"):
         await client._json("POST", "/abort_request", {})
 
 
-async def test_what_a_client_leaves_behind_is_dropped(client, request_for, prompts):
-    request = request_for(prompts[0], seeds=range(8), max_new_tokens=1000)
-    task = asyncio.ensure_future(collect(client, request))
-    while (await client.info())["running"] < 8:
-        await asyncio.sleep(0.01)
+async def test_what_a_client_leaves_behind_is_dropped(client, endless):
+    task = await endless("left", 8)
     task.cancel()
     await asyncio.wait({task})
-    for _ in range(200):
-        info = await client.info()
-        if info["running"] == 0:
-            break
-        await asyncio.sleep(0.02)
-    assert (info["running"], info["waiting"]) == (0, 0)
+    while (await client.info())["running"]:
+        await asyncio.sleep(0.01)
+    assert (await client.info())["waiting"] == 0
 
 
-async def test_flush_waits_for_nobody(client, request_for, prompts):
+async def test_flush_waits_for_nobody(client, endless, request_for, prompts):
     await client.flush_cache()
     assert len(await collect(client, request_for(prompts[0]))) == 1
-    task = asyncio.ensure_future(collect(client, request_for(prompts[0], seeds=range(4), max_new_tokens=1000)))
-    while (await client.info())["running"] == 0:
-        await asyncio.sleep(0.005)
+    task = await endless("busy", 4)
     with pytest.raises(RequestRejected, match="samples run"):
         await client.flush_cache()
     await client.abort()
@@ -230,9 +243,10 @@ async def test_a_launched_server_that_is_killed_is_noticed_with_its_log(models, 
 
 
 async def test_when_no_server_is_left_the_error_quotes_the_log(models, tmp_path, request_for, prompts):
+    before = children()
     async with launch(ServerSettings(model=str(models[0])), "policy", tmp_path) as group:
         assert len(await collect(group, request_for(prompts[0]))) == 1
-        (pid,) = [p for p in children() if p not in (os.getpid(),)][-1:]
+        (pid,) = children() - before
         os.kill(pid, signal.SIGKILL)
         await until(lambda: pid not in children())
         with pytest.raises(ServerError, match=r"(?s)ended with (status -9|an unknown status).*serving"):
@@ -245,7 +259,7 @@ def children():
         ["ps", "-o", "pid=,stat=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=False
     )
     rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
-    return [int(pid) for pid, state, args in rows if "engine.main" in args and "Z" not in state]
+    return {int(pid) for pid, state, args in rows if "engine.main" in args and "Z" not in state}
 
 
 async def test_a_server_that_cannot_start_says_why(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_fapo.errors import FapoError
+from megatron_fapo.serving.engine.folder import read_config
 from megatron_fapo.serving.engine.http import Routes, listen, run_forever, runner
 from megatron_fapo.serving.engine.text import Text
 from megatron_fapo.serving.settings import ServerSettings
@@ -31,8 +32,9 @@ def serve(settings: ServerSettings, ready: Callable[[str], None] = lambda url: N
 
     Raises ConfigError and DataError for settings or a model that cannot be served, ServerError when the engine fails.
     """
-    settings.api_key()
-    text = Text(Path(settings.model))
+    folder = Path(settings.model)
+    read_config(folder)
+    text = Text(folder)
     routes = Routes(settings, text)
 
     async def main(stop: asyncio.Event) -> None:

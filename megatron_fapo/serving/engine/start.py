@@ -7,11 +7,12 @@ import torch
 
 from megatron_fapo.serving.engine import decoder
 from megatron_fapo.serving.engine.engine import Engine
+from megatron_fapo.serving.engine.folder import read_config
 from megatron_fapo.serving.engine.invariance import find_granularity
 from megatron_fapo.serving.engine.model import Model
 from megatron_fapo.serving.engine.protocol import Limits
 from megatron_fapo.serving.engine.text import Text
-from megatron_fapo.serving.engine.weights import Weights, read_config
+from megatron_fapo.serving.engine.weights import Weights
 from megatron_fapo.serving.settings import ServerSettings
 
 

@@ -1,11 +1,11 @@
 """Text in and out, for models whose folder has a tokenizer.json."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_fapo.errors import RequestRejected
+from megatron_fapo.serving.engine.folder import eos_ids
 from megatron_fapo.serving.engine.sample import Answer
 
 
@@ -16,7 +16,7 @@ class Text:
         self._path = folder / "tokenizer.json"
         self._tokenizer: Any = None
         self.available = self._path.exists()
-        self.eos_ids = _eos_ids(folder)
+        self.eos_ids = eos_ids(folder)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -39,13 +39,3 @@ class Text:
 
             self._tokenizer = Tokenizer.from_file(str(self._path))
         return self._tokenizer
-
-
-def _eos_ids(folder: Path) -> tuple[int, ...]:
-    """End-of-sequence ids, from generation_config.json before config.json as transformers reads them."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        value = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        if value is not None:
-            return tuple(value) if isinstance(value, list) else (value,)
-    return ()

@@ -1,10 +1,8 @@
 """The weights of a running model: read from disk, copied from shared memory, summed, released."""
 
 import ctypes
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,17 +12,6 @@ from megatron_fapo.errors import DataError, RequestRejected, WeightsError
 from megatron_fapo.records import Bucket, TensorSpec
 from megatron_fapo.serving.engine.model import Model
 from megatron_fapo.weights import Segment, checksum, digest, shared_memory_folder
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder. Raises DataError when it is not there."""
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise DataError(f"{folder}: no config.json, so not a Hugging Face model folder") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{folder / 'config.json'}: not JSON: {error}") from None
-    return config
 
 
 def on_disk(folder: Path) -> Iterator[tuple[str, Tensor]]:
