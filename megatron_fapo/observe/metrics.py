@@ -5,7 +5,7 @@ A metric that a step does not define (the share of flawed among no right answers
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -115,8 +115,10 @@ def time_metrics(spans: Spans, *, response_tokens: int, report: StepReport) -> M
     if "judge_exposed" in seconds:
         found["time/judge_exposed"] = seconds["judge_exposed"]
     if "judge" in seconds:
-        found["time/judge"] = _covered(span for span in spans.ended if span.name == "judge")
-        found["time/judge_hidden"] = max(0.0, found["time/judge"] - seconds.get("judge_exposed", 0.0))
+        judging = [span for span in spans.ended if span.name == "judge"]
+        last_landed = min((span.start for span in spans.ended if span.name == "judge_exposed"), default=math.inf)
+        found["time/judge"] = _covered(judging)
+        found["time/judge_hidden"] = _covered(judging, until=last_landed)
     found["time/generate_rate"] = share(response_tokens, seconds.get("generate", 0.0))
     found["time/update_rate"] = share(sum(update.tokens for update in report.updates), report.seconds)
     return found
@@ -256,14 +258,11 @@ def _mean(values: Sequence[float]) -> float:
     return share(math.fsum(values), len(values))
 
 
-def _covered(spans: Iterable[Span]) -> float:
-    """Seconds in which at least one of the spans was open."""
-    total, until = 0.0, -math.inf
-    for start, end in _in_order(spans):
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
+def _covered(spans: Iterable[Span], until: float = math.inf) -> float:
+    """Seconds before `until` in which at least one of the spans was open."""
+    total, reached = 0.0, -math.inf
+    for span in sorted(spans, key=lambda span: span.start):
+        end = min(span.end, until)
+        total += max(0.0, end - max(span.start, reached))
+        reached = max(reached, end)
     return total
-
-
-def _in_order(spans: Iterable[Span]) -> Iterator[tuple[float, float]]:
-    yield from sorted((span.start, span.end) for span in spans)

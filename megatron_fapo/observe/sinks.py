@@ -32,6 +32,7 @@ class Sinks:
         self._clock = clock or SystemClock()
         self._landed = 0
         self._last_landed = 0.0
+        self._judging: list[Span] = []
         self._step_began: float | None = None
         self._evaluation: tuple[int, Metrics] | None = None
 
@@ -53,6 +54,10 @@ class Sinks:
         self._last_landed = self._clock.now()
         self._console.progress(self._landed, self._info.rollouts_per_step)
 
+    def judged(self, start: float, end: float) -> None:
+        """A verdict of this step was being waited for from `start` to `end`, seconds of the sinks' clock."""
+        self._judging.append(Span(name="judge", start=start, end=end))
+
     def write(
         self,
         step: int,
@@ -72,6 +77,8 @@ class Sinks:
         now = self._clock.now()
         spans.ended.append(Span(name="step", start=now if self._step_began is None else self._step_began, end=now))
         self._step_began = now
+        spans.ended += self._judging
+        self._judging = []
         ids = [judged.rollout.id for group in trained for judged in group]
         flat_rewards = [float(reward) for group in rewards for reward in group]
         flat_advantages = [float(tokens.mean()) if len(tokens) else 0.0 for group in advantages for tokens in group]

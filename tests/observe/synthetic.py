@@ -179,6 +179,8 @@ def write_step(
         for _ in range(sum(map(len, groups))):
             clock.time += 0.01
             sinks.progress(1)
+        if any(isinstance(judged.verdict, Verdict) for group in groups for judged in group):
+            sinks.judged(clock.time - 0.5, clock.time + 0.2)
         clock.time += 0.2
     trained = [group for group in groups if usable(group, algorithm.reward)]
     given = [rewards(group, algorithm.reward, max_tokens=64) for group in trained]

@@ -161,6 +161,8 @@ UNNAMED = """[...document.querySelectorAll("button, select, input, [role=region]
   .filter(one => !(one.getAttribute("aria-label") || one.labels?.length || one.textContent.trim()))
   .map(one => one.outerHTML)"""
 
+COLOURED = ("h1", ".soft", ".tile h3", ".chip", ".words", ".index", ".facts", "button", ".name", ".about", ".stack i")
+
 CONTRAST = """selector => {
   const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
   const light = colour => {
@@ -333,20 +335,8 @@ def test_a_phone_has_no_horizontal_scroll_and_text_can_be_read(chromium, report_
     opened = Reader(chromium, report_file, width=360, scheme=scheme)
     assert opened.page.evaluate("document.documentElement.scrollWidth") == 360
     assert opened.complaints == []
-    for selector in [
-        "h1",
-        ".soft",
-        ".tile_h3",
-        ".chip",
-        ".words",
-        ".index",
-        ".facts",
-        "button",
-        ".name",
-        ".about",
-        ".stack_i",
-    ]:
-        values = opened.page.evaluate(CONTRAST, selector.replace("_", " "))
+    for selector in COLOURED:
+        values = opened.page.evaluate(CONTRAST, selector)
         assert values, selector
         assert min(values) >= 4.5, (selector, min(values))
     opened.page.close()
