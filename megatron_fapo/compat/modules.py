@@ -12,6 +12,33 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 
+class _RMSNormFunction(torch.autograd.Function):
+    """x / rms(x) * weight with its backward written out.
+
+    torch's own backward on a CPU is a chain of a dozen elementwise operations: several times the time of this one, and
+    a sixth of an update of a small model. With n = x / rms and g the gradient, dx = (g w - n mean(g w n)) / rms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean.add_(eps).rsqrt_()
+        normal = wide * scale
+        ctx.save_for_backward(normal, scale, weight)
+        out: torch.Tensor = normal.to(x.dtype) * weight
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        normal, scale, weight = ctx.saved_tensors
+        gradient = gradients[0].to(normal.dtype)
+        for_weight = (gradient * normal).reshape(-1, normal.shape[-1]).sum(0).to(weight.dtype)
+        scaled = gradient * weight
+        mean = torch.linalg.vecdot(scaled, normal).unsqueeze(-1) / normal.shape[-1]
+        return torch.addcmul(scaled, normal, mean, value=-1).mul_(scale).to(gradients[0].dtype), for_weight, None
+
+
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm with a weight; marks its weight for sequence parallelism."""
 
@@ -23,7 +50,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] in and out."""
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        normal: torch.Tensor = _RMSNormFunction.apply(hidden, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return normal
 
 
 class CausalAttention(MegatronModule):  # type: ignore[misc]
