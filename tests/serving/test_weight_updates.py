@@ -12,7 +12,7 @@ import torch
 from megatron_fapo.errors import RequestRejected
 from megatron_fapo.records import Bucket, VersionSpan
 from megatron_fapo.weights import checksum, digest
-from tests.serving.worlds import write_bucket
+from tests.serving.worlds import make_model, write_bucket
 
 
 @pytest.fixture
@@ -137,7 +137,18 @@ async def test_an_update_from_disk(client, models, model_b, request_for, prompts
     assert sample.versions == (VersionSpan(start=0, version=4),)
     with pytest.raises(RequestRejected, match=r"no config.json|no \*.safetensors"):
         await client.load_from_disk(str(models[1].parent), 5)
-    assert await client.checksum() == sum_of(model_b)
+    again = await greedy(client, request_for, prompts[2])
+    assert again.token_ids.tolist() == sample.token_ids.tolist()
+    assert again.versions == (VersionSpan(start=0, version=4),)
+
+
+async def test_a_folder_of_another_shape_changes_nothing(client, model_a, request_for, prompts, tmp_path):
+    make_model(tmp_path / "llama", "llama")
+    with pytest.raises(RequestRejected, match=r"has shape|tensors are missing"):
+        await client.load_from_disk(str(tmp_path / "llama"), 5)
+    assert await client.checksum() == sum_of(model_a)
+    sample = await greedy(client, request_for, prompts[2])
+    assert sample.token_ids.tolist() == model_a.greedy(prompts[2], 24)[: len(sample.token_ids)]
 
 
 async def start_streaming(server_url, body):

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -14,15 +15,12 @@ from megatron_fapo.serving.engine.model import Model
 from megatron_fapo.weights import Segment, checksum, digest, shared_memory_folder
 
 
-def on_disk(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of a folder's safetensors files. Raises DataError when there is none."""
+def on_disk(folder: Path) -> list[Path]:
+    """A folder's safetensors files. Raises DataError when there is none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise DataError(f"{folder}: no *.safetensors file")
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, file.get_tensor(name)
+    return files
 
 
 class Weights:
@@ -47,12 +45,20 @@ class Weights:
         return sum(tensor.numel() * tensor.element_size() for tensor in self._model.parameters.values())
 
     def load(self, folder: Path) -> None:
-        """Read all parameters from a folder; casts where the file's dtype differs."""
-        self.begin()
-        for name, tensor in on_disk(folder):
-            if name in self._model.parameters or not self._is_tied_head(name):
-                self._target(name, tuple(tensor.shape)).copy_(tensor)
-                self._missing.discard(name)
+        """Read all parameters from a folder, casting where its dtype differs.
+
+        A folder that does not fit is refused before the first byte changes. Raises DataError, RequestRejected.
+        """
+        with ExitStack() as stack:
+            files = [stack.enter_context(safe_open(path, framework="pt")) for path in on_disk(folder)]
+            entries = [(file, name) for file in files for name in file.keys() if not self._is_tied_head(name)]  # noqa: SIM118
+            for file, name in entries:
+                self._target(name, tuple(file.get_slice(name).get_shape()))
+            self._refuse_incomplete(set(self._model.parameters) - {name for _, name in entries})
+            self.begin()
+            for file, name in entries:
+                self._model.parameters[name].copy_(file.get_tensor(name))
+        self._missing.clear()
         self.end()
 
     def begin(self) -> None:
@@ -70,7 +76,7 @@ class Weights:
         """
         memory = self._open(bucket).memory
         for spec in bucket.tensors:
-            if spec.name not in self._model.parameters and self._is_tied_head(spec.name):
+            if self._is_tied_head(spec.name):
                 continue
             target = self._target(spec.name, spec.shape)
             self._missing.add(spec.name)
@@ -79,9 +85,7 @@ class Weights:
 
     def end(self) -> None:
         """Close the update. Raises RequestRejected naming parameters that did not arrive; it then stays open."""
-        if self._missing:
-            names = sorted(self._missing)
-            raise RequestRejected(f"{len(names)} tensors are missing from the update: {', '.join(names[:5])}")
+        self._refuse_incomplete(self._missing)
         self._model.refresh()
         self.usable = True
 
@@ -120,6 +124,11 @@ class Weights:
     def _is_tied_head(self, name: str) -> bool:
         """A tied model has no lm_head of its own; files and trainers may send it along."""
         return name == "lm_head.weight" and "lm_head.weight" not in self._model.parameters
+
+    def _refuse_incomplete(self, missing: set[str]) -> None:
+        if missing:
+            names = ", ".join(sorted(missing)[:5])
+            raise RequestRejected(f"{len(missing)} tensors are missing from the update: {names}")
 
     def _target(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._model.parameters.get(name)
