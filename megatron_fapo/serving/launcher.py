@@ -18,7 +18,7 @@ from megatron_fapo.errors import ServerError
 from megatron_fapo.serving.client import ServerClient, ServerGroup
 from megatron_fapo.serving.settings import ServerSettings
 
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 15.0
 _LOG_LINES = 15
 
 

@@ -297,3 +297,16 @@ def alive(pid):
             return file.read().split(")")[1].split()[0] not in ("Z", "X")
     except FileNotFoundError:
         return False
+
+
+async def test_a_server_told_to_stop_does_not_wait_for_what_runs(models, tmp_path, request_for, prompts):
+    async with processes(ServerSettings(model=str(models[0])), "policy", tmp_path) as (server,):
+        async with ServerClient(server.url) as client:
+            await client.pause()
+            waiting = asyncio.ensure_future(collect(client, request_for(prompts[0])))
+            while (await client.info())["waiting"] == 0:
+                await asyncio.sleep(0.01)
+            await server.stop()
+            assert server.process.returncode == 0  # by itself, not killed
+            with pytest.raises(ServerError):
+                await waiting

@@ -21,6 +21,8 @@ Pieces = AsyncGenerator[tuple[bytes, bool], None]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 TAGS = ("weights", "kv_cache")
 _BODY_LIMIT = 256 * 2**20
+_GOODBYE_SECONDS = 0.5
+"""How long a server that was told to stop lets requests finish."""
 
 if TYPE_CHECKING:  # torch is imported after the port is open
     from megatron_fapo.serving.engine.engine import Engine, PauseMode
@@ -327,7 +329,9 @@ async def _tags(request: web.Request) -> list[str]:
 
 def runner(app: web.Application) -> web.AppRunner:
     """How an application runs: a client that leaves cancels its handler, so that its samples end."""
-    return web.AppRunner(app, access_log=None, handler_cancellation=True, keepalive_timeout=3600)
+    return web.AppRunner(
+        app, access_log=None, handler_cancellation=True, keepalive_timeout=3600, shutdown_timeout=_GOODBYE_SECONDS
+    )
 
 
 async def listen(app_runner: web.AppRunner, host: str, port: int) -> int:
