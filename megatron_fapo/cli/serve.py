@@ -21,4 +21,7 @@ def command(
     from megatron_fapo.serving.settings import ServerSettings
     from megatron_fapo.settings import build
 
-    serve(build(ServerSettings, {"model": str(model), "host": host, "port": port}, settings or ()))
+    serve(
+        build(ServerSettings, {"model": str(model), "host": host, "port": port}, settings or ()),
+        ready=lambda url: typer.echo(f"{model} is served at {url}"),
+    )
