@@ -218,8 +218,10 @@ class LiveConsole:
             rate = f"{self._done / seconds:.0f} rollouts/s" if self._done and seconds > 0 else ""
             bar: RenderableType = ProgressBar(total=self._total, completed=self._done, width=28)
             table.add_row("generate", bar, f"{self._done}/{self._total}", rate)
+        elif self._phase == "ended":
+            table.add_row(self._phase)
         else:
-            table.add_row(self._phase, "" if self._phase == "ended" else self._spinner, "", duration(seconds))
+            table.add_row(self._phase, self._spinner, "", duration(seconds))
         return table
 
     def _numbers(self) -> Table:
