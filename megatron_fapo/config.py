@@ -159,7 +159,10 @@ def check_surroundings(config: Config) -> None:
 
     Raises ConfigError.
     """
-    models: dict[str, Path | str] = {"policy.model": config.policy.model, "servers.policy.model": config.servers.policy.model}
+    models: dict[str, Path | str] = {
+        "policy.model": config.policy.model,
+        "servers.policy.model": config.servers.policy.model,
+    }
     if config.judge.enabled and config.servers.judge is not None:
         models["servers.judge.model"] = config.servers.judge.model
     for key, folder in models.items():

@@ -1,9 +1,9 @@
 """Docs are executed: every shell block says whether it runs here, and the generated pages are those of the code.
 
-    ```bash run          run by `make test`
-    ```bash run-long     run by `make test-all`
-    ```bash make         names make targets, which must exist
-    ```bash cluster      for a machine that tests do not have
+```bash run          run by `make test`
+```bash run-long     run by `make test-all`
+```bash make         names make targets, which must exist
+```bash cluster      for a machine that tests do not have
 """
 
 import os

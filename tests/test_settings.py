@@ -25,7 +25,9 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path, tmp_path):
 
 
 def test_overrides_reach_any_key_and_win():
-    config = read_config(CLOCK, ["train.steps=7", "algorithm.reward.flaw_penalty=1.5", "algorithm.reward.overlong={buffer: 8}"])
+    config = read_config(
+        CLOCK, ["train.steps=7", "algorithm.reward.flaw_penalty=1.5", "algorithm.reward.overlong={buffer: 8}"]
+    )
     assert config.train.steps == 7
     assert config.algorithm.reward.flaw_penalty == 1.5
     assert config.algorithm.reward.overlong.buffer == 8

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from megatron_fapo.observe.metrics import glossary
-
 from megatron_fapo.config import Config
+from megatron_fapo.observe.metrics import glossary
 from megatron_fapo.settings import reference
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -10,6 +10,7 @@ from gate import Gate
 from workload import CONFIG, ROOT
 
 from megatron_fapo.cluster.cluster import open_cluster
+from megatron_fapo.cluster.serve_roles import Watcher
 from megatron_fapo.config import read_config
 from megatron_fapo.observe.interface import StepRecord
 from megatron_fapo.observe.sinks import Sinks, open_sinks
@@ -41,14 +42,16 @@ class GateSink:
 async def main(threads: int, overrides: list[str]) -> None:
     """Train until the input ends."""
     config = read_config(
-        CONFIG, [f"policy.threads={threads}", "train.steps=100000", "observe.report=false", "checkpoint.every=0", *overrides]
+        CONFIG,
+        [f"policy.threads={threads}", "train.steps=100000", "observe.report=false", "checkpoint.every=0", *overrides],
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(Path(temporary))
         folder.create()
         dumped = config.model_dump(mode="json")
         with open_sinks(config.observe.changed(console="off"), folder.path, config=dumped) as sinks:
-            async with open_cluster(config, folder, sinks.progress) as cluster:
+            watcher = Watcher(landed=sinks.progress, judged=sinks.judged)
+            async with open_cluster(config, folder, watcher) as cluster:
                 gate = GateSink(Gate())
                 cluster.stop = gate.stop
                 with_gate = Sinks([*sinks._sinks, gate], sinks._console, sinks._info)

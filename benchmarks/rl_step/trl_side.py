@@ -36,7 +36,10 @@ def main(threads: int) -> None:
     steps = 400
     prompts = [task.prompt(index) for index in range(PROMPTS * steps)]
     rows = Dataset.from_list(
-        [{"prompt": [{"role": m.role, "content": m.content} for m in p.messages], "index": i} for i, p in enumerate(prompts)]
+        [
+            {"prompt": [{"role": m.role, "content": m.content} for m in p.messages], "index": i}
+            for i, p in enumerate(prompts)
+        ]
     )
     gated = Gated()
 

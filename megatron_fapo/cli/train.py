@@ -44,6 +44,7 @@ def command(
 async def run_training(config: Config, folder: RunFolder, *, resume: bool) -> RunState:
     """One run from start (or its newest checkpoint) to its end; returns where it ended."""
     from megatron_fapo.cluster.cluster import open_cluster
+    from megatron_fapo.cluster.serve_roles import Watcher
     from megatron_fapo.observe.sinks import open_sinks
     from megatron_fapo.train import train
 
@@ -51,10 +52,10 @@ async def run_training(config: Config, folder: RunFolder, *, resume: bool) -> Ru
     newest = folder.newest_checkpoint() if resume else None
     state = newest[1] if newest else RunState(step=0, cursor=0)
     folder.config.write_text(dump_config(config))
-    with open_sinks(
-        config.observe, folder.path, config=config.model_dump(mode="json"), resume_step=state.step
-    ) as sinks:
-        async with open_cluster(config, folder, sinks.progress) as cluster:
+    dumped = config.model_dump(mode="json")
+    with open_sinks(config.observe, folder.path, config=dumped, resume_step=state.step) as sinks:
+        watcher = Watcher(landed=sinks.progress, judged=sinks.judged)
+        async with open_cluster(config, folder, watcher) as cluster:
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, cluster.stop.set)
             if newest:

@@ -8,14 +8,14 @@ driver (this process: loop, sampler, judge scheduling, sinks)
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from megatron_fapo.cluster.ranks import MegatronModel
 from megatron_fapo.cluster.ray_session import ray_session
-from megatron_fapo.cluster.serve_roles import make_evaluator, make_sampler, open_servers, open_task
+from megatron_fapo.cluster.serve_roles import Watcher, make_evaluator, make_sampler, open_servers, open_task
 from megatron_fapo.config import Config
 from megatron_fapo.errors import ServerUnreachable
 from megatron_fapo.publish.publisher import SharedMemory, WeightTransport, publish
@@ -78,9 +78,7 @@ class Cluster:
 
 
 @asynccontextmanager
-async def open_cluster(
-    config: Config, folder: RunFolder, progress: Callable[[int], None] = lambda rollouts: None
-) -> AsyncIterator[Cluster]:
+async def open_cluster(config: Config, folder: RunFolder, watcher: Watcher) -> AsyncIterator[Cluster]:
     """Start ranks and servers side by side; at the end, whatever happened, stop all of them."""
     async with AsyncExitStack() as stack:
         servers_starting = asyncio.ensure_future(stack.enter_async_context(open_servers(config, folder.logs)))
@@ -100,7 +98,7 @@ async def open_cluster(
         yield Cluster(
             models={"policy": model},
             servers=servers,
-            sampler=make_sampler(config, task, servers, progress),
+            sampler=make_sampler(config, task, servers, watcher),
             evaluator=make_evaluator(config, task, servers),
             task=task,
             transport=transport,

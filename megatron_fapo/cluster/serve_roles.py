@@ -6,6 +6,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fapo.config import Config
@@ -44,11 +45,19 @@ async def open_task(config: Config) -> AsyncIterator[Task]:
         await task.close()
 
 
-def make_sampler(
-    config: Config, task: Task, servers: Mapping[Role, ServerGroup], progress: Callable[[int], None]
-) -> Sampler:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watcher:
+    """Who is told how a step's generation goes; nobody by default."""
+
+    landed: Callable[[int], None] = lambda rollouts: None
+    """So many more rollouts are finished."""
+    judged: Callable[[float, float], None] = lambda start, end: None
+    """A solution was at the judge from start to end, in seconds of the system clock."""
+
+
+def make_sampler(config: Config, task: Task, servers: Mapping[Role, ServerGroup], watcher: Watcher) -> Sampler:
     """The sampler of training."""
-    return _sampler(config, config.rollout, config.judge, task, servers, progress)
+    return _sampler(config, config.rollout, config.judge, task, servers, watcher)
 
 
 def make_evaluator(config: Config, task: Task, servers: Mapping[Role, ServerGroup]) -> Sampler:
@@ -58,7 +67,7 @@ def make_evaluator(config: Config, task: Task, servers: Mapping[Role, ServerGrou
         group_size=evaluation.samples, temperature=evaluation.temperature, top_p=evaluation.top_p
     )
     judge = config.judge.changed(skip=False, probe_share=0.0)
-    return _sampler(config, rollout, judge, task, servers, lambda rollouts: None)
+    return _sampler(config, rollout, judge, task, servers, Watcher())
 
 
 def _sampler(
@@ -67,12 +76,12 @@ def _sampler(
     judge: JudgeSettings,
     task: Task,
     servers: Mapping[Role, ServerGroup],
-    progress: Callable[[int], None],
+    watcher: Watcher,
 ) -> Sampler:
     asker = None
     if "judge" in servers:
         tokenizer = ChatTokenizer.load(Path(config.server("judge").model))
-        asker = Asker(servers["judge"], tokenizer, judge, SystemClock(), config.train.seed)
+        asker = Asker(servers["judge"], tokenizer, judge, SystemClock(), config.train.seed, watcher.judged)
     rules = Rules(
         judge=judge, algorithm=config.algorithm, group_size=rollout.group_size, max_tokens=rollout.max_new_tokens
     )
@@ -83,5 +92,5 @@ def _sampler(
         tokenizer=ChatTokenizer.load(Path(config.server("policy").model)),
         settings=rollout,
         seed=config.train.seed,
-        progress=progress,
+        progress=watcher.landed,
     )

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from megatron_fapo.critique.paragraphs import split
@@ -29,16 +29,26 @@ class ChatCodec(Protocol):
 
 
 class Asker:
-    """Asks a judge server for verdicts. Stateless but for its limit of solutions in flight."""
+    """Asks a judge server for verdicts. Stateless but for its limit of solutions in flight.
+
+    `judged(start, end)` is told when each solution was at the judge, on the clock's scale.
+    """
 
     def __init__(
-        self, servers: Generator, tokenizer: ChatCodec, settings: JudgeSettings, clock: Clock, seed: int
+        self,
+        servers: Generator,
+        tokenizer: ChatCodec,
+        settings: JudgeSettings,
+        clock: Clock,
+        seed: int,
+        judged: Callable[[float, float], None] = lambda start, end: None,
     ) -> None:
         self._servers = servers
         self._tokenizer = tokenizer
         self._settings = settings
         self._clock = clock
         self._seed = seed
+        self._judged = judged
         self._slots = asyncio.Semaphore(settings.concurrency)
 
     async def ask(self, prompt: Prompt, solution: str, name: str) -> Verdict | NotJudged:
@@ -50,7 +60,9 @@ class Asker:
         attempts = _Attempts()
         verdict = self._attempt_until_usable(prompt, solution, name, attempts)
         async with self._slots:
+            start = self._clock.now()
             result = await _within(self._clock, self._settings.deadline, verdict)
+            self._judged(start, self._clock.now())
         if result is None:
             return NotJudged(reason="failed", why="deadline", tokens=attempts.tokens)
         return result

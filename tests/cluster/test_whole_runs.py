@@ -23,6 +23,9 @@ SMALL = [
     "batch.updates=2",
     "policy.threads=1",
     "checkpoint.every=1",
+    "evaluation.every=2",
+    "evaluation.prompts=8",
+    "evaluation.samples=2",
     "observe.report=false",
     "servers.policy.max_running=32",
     "servers.judge.max_running=32",
@@ -72,8 +75,9 @@ def whole(tmp_path_factory) -> Path:
 
 
 def test_a_run_trains_judges_publishes_and_records(whole):
-    steps = lines(whole)
+    *steps, last = lines(whole)
     assert [line["step"] for line in steps] == [0, 1, 2, 3]
+    assert [line["step"] for line in [*steps, last] if "eval/right_share" in line] == [0, 2, 4]
     for line in steps:
         assert line["mismatch/max"] < 1e-4
         assert line["judge/asked"] > 0
@@ -103,6 +107,20 @@ def test_a_killed_and_resumed_run_gives_the_same_metrics(whole, tmp_path, killed
     finish(start(run, "--resume"))
     assert timeless(run) == timeless(whole)
     assert not segments(run)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "data"])
+def test_two_ranks_start_from_the_same_rollouts_and_agree_with_the_engine(whole, tmp_path, axis):
+    run = tmp_path / axis
+    finish(start(run, f"policy.parallel.{axis}=2", "train.steps=2", "evaluation.every=0"))
+    first, second = lines(run)
+    assert max(first["mismatch/max"], second["mismatch/max"]) < 1e-4
+    alone = lines(whole)[0]
+    for name in ("rollout/right_share", "judge/tokens", "reward/mean"):
+        assert first[name] == alone[name]
+    for name in ("train/loss", "train/grad_norm_mean"):
+        assert first[name] == pytest.approx(alone[name], rel=1e-4)
 
 
 @pytest.mark.long

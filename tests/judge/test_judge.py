@@ -161,6 +161,19 @@ def test_verdicts_in_flight_are_limited():
     assert [when for when, _ in asked(server)] == [0.0, 0.0, 10.0, 10.0]
 
 
+def test_the_time_at_the_judge_is_told():
+    told = []
+
+    async def work():
+        server = ModelledServer(lambda request, index: (CLEAN, 5.0))
+        asker = Asker(server, Words(), JudgeSettings(), LoopClock(), seed=1, judged=lambda *span: told.append(span))
+        await LoopClock().sleep(2.0)
+        await asker.ask(PROMPT, "one", "r0")
+
+    run_virtual(work())
+    assert told == [(2.0, 7.0)]
+
+
 def test_the_seed_of_a_verdict_does_not_depend_on_who_came_first():
     seeds = []
 
