@@ -58,8 +58,10 @@ class ModelSettings(Settings):
 
 
 class ScheduleSettings(Settings):
-    """How long one model learns."""
+    """Where one model starts, and how long it learns."""
 
+    seed: int
+    """Seeds its random weights."""
     steps: Size
     """Optimizer steps."""
     batch: Size
@@ -70,7 +72,7 @@ class WarmStartSettings(Settings):
     """The file configs/clock/warm_start.yaml."""
 
     seed: int
-    """Seeds random weights and examples."""
+    """Seeds the examples."""
     task: ClockSettings
     """The world, and how sloppy its teacher is."""
     model: ModelSettings
@@ -100,7 +102,6 @@ def make(settings: WarmStartSettings, out: Path) -> None:
         start = Path(folder)
         clock_tokenizer.save(settings.task, start)
         tokenizer = ChatTokenizer.load(start)
-        random_model(settings, tokenizer, start)
         task = ClockTask(settings.task, tokenizer, settings.seed)
 
         def policy_example(index: int) -> SupervisedExample:
@@ -111,7 +112,9 @@ def make(settings: WarmStartSettings, out: Path) -> None:
             messages, verdict = task.critic_example(index)
             return example(f"c{index}", tokenizer, tokenizer.encode_chat(messages).tolist(), verdict)
 
+        random_model(settings, settings.policy.seed, tokenizer, start)
         train("policy", settings, settings.policy, start, policy_example, out / "policy")
+        random_model(settings, settings.judge.seed, tokenizer, start)
         train("judge", settings, settings.judge, start, judge_example, out / "judge")
 
 
@@ -121,7 +124,7 @@ def example(name: str, tokenizer: ChatTokenizer, prompt: list[int], text: str) -
     return SupervisedExample(id=name, prompt_ids=ints(prompt), response_ids=ints(response))
 
 
-def random_model(settings: WarmStartSettings, tokenizer: ChatTokenizer, folder: Path) -> None:
+def random_model(settings: WarmStartSettings, seed: int, tokenizer: ChatTokenizer, folder: Path) -> None:
     """Write a Qwen3 with random weights into `folder`."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -129,7 +132,7 @@ def random_model(settings: WarmStartSettings, tokenizer: ChatTokenizer, folder: 
     size = settings.model
     if tokenizer.vocab_size > size.vocabulary:
         raise SystemExit(f"model.vocabulary={size.vocabulary}: the tokenizer has {tokenizer.vocab_size} tokens")
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(seed)
     config = Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
         vocab_size=size.vocabulary,
