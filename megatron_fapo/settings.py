@@ -167,7 +167,11 @@ def _spell(annotation: Any) -> str:
     if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
         return annotation.__name__
     text = str(annotation).replace("typing.", "").replace("pathlib.", "").replace("NoneType", "null")
-    return re.sub(r"Annotated\[(\w+), .*?\)\]\)\]|Annotated\[(\w+), .*?\)\]", r"\1\2", text).replace("None", "null").replace("|", "or")
+    return (
+        re.sub(r"Annotated\[(\w+), .*?\)\]\)\]|Annotated\[(\w+), .*?\)\]", r"\1\2", text)
+        .replace("None", "null")
+        .replace("|", "or")
+    )
 
 
 def _bounds(metadata: Sequence[Any]) -> str:

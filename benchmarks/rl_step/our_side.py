@@ -13,7 +13,7 @@ from megatron_fapo.cluster.cluster import open_cluster
 from megatron_fapo.cluster.serve_roles import Watcher
 from megatron_fapo.config import read_config
 from megatron_fapo.observe.interface import StepRecord
-from megatron_fapo.observe.sinks import Sinks, open_sinks
+from megatron_fapo.observe.sinks import open_sinks
 from megatron_fapo.records import RunState
 from megatron_fapo.run.folder import RunFolder
 from megatron_fapo.train import train
@@ -31,7 +31,8 @@ class GateSink:
     def write(self, record: StepRecord) -> None:
         """Close the step with its tokens and phases, open the next."""
         seconds = {name: record.metrics.get(f"time/{name}", 0.0) for name in PHASES}
-        self.gate.after_step(tokens=record.metrics["train/response_tokens"], phases=seconds)
+        tokens = sum(len(judged.rollout.token_ids) for group in record.groups for judged in group)
+        self.gate.after_step(tokens=tokens, phases=seconds)
         if not self.gate.before_step():
             self.stop.set()
 
@@ -41,22 +42,18 @@ class GateSink:
 
 async def main(threads: int, overrides: list[str]) -> None:
     """Train until the input ends."""
-    config = read_config(
-        CONFIG,
-        [f"policy.threads={threads}", "train.steps=100000", "observe.report=false", "checkpoint.every=0", *overrides],
-    )
+    quiet = ["observe.console=off", "observe.report=false", "checkpoint.every=0", "train.steps=100000"]
+    config = read_config(CONFIG, [f"policy.threads={threads}", *quiet, *overrides])
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(Path(temporary))
         folder.create()
-        dumped = config.model_dump(mode="json")
-        with open_sinks(config.observe.changed(console="off"), folder.path, config=dumped) as sinks:
+        gate = GateSink(Gate())
+        with open_sinks(config.observe, folder.path, config=config.model_dump(mode="json"), extra=[gate]) as sinks:
             watcher = Watcher(landed=sinks.progress, judged=sinks.judged)
             async with open_cluster(config, folder, watcher) as cluster:
-                gate = GateSink(Gate())
                 cluster.stop = gate.stop
-                with_gate = Sinks([*sinks._sinks, gate], sinks._console, sinks._info)
                 if gate.gate.before_step():
-                    await train(config, cluster, RunState(step=0, cursor=0), with_gate)
+                    await train(config, cluster, RunState(step=0, cursor=0), sinks)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +122,18 @@ def open_sinks(
     config: Mapping[str, Any],
     resume_step: int = 0,
     clock: Clock | None = None,
+    extra: Sequence[Sink] = (),
 ) -> Iterator[Sinks]:
     """The sinks of a run in `folder`, closed at the end; then the run's report, unless the run failed.
 
     `config` is the whole configuration as `Config.model_dump(mode="json")` gives it. What was recorded of
-    `resume_step` and later steps is forgotten. Raises DataError.
+    `resume_step` and later steps is forgotten. `extra` sinks come after those of the settings, before the console.
+    Raises DataError.
     """
     info = open_run_info(folder, config)
     with ExitStack() as stack:
         sinks = []
-        for sink in _file_sinks(settings, folder, info, config, resume_step):
+        for sink in chain(_file_sinks(settings, folder, info, config, resume_step), extra):
             stack.callback(sink.close)
             sinks.append(sink)
         console = open_console(settings.console, info, first_step=resume_step)
