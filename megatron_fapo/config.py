@@ -1,9 +1,10 @@
 """The assembled configuration, and the checks that need more than one section. Light: no torch, no Ray."""
 
+import json
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, model_validator
@@ -97,9 +98,9 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        for problem in (self._layout_problem(), *self._server_problems(), self._batch_problem()):
-            if problem:
-                raise ValueError(problem)
+        problems = (self._layout_problem(), *self._server_problems(), *self._judge_problems(), self._batch_problem())
+        for problem in filter(None, problems):
+            raise ValueError(problem)
         return self
 
     def _layout_problem(self) -> str:
@@ -109,6 +110,8 @@ class Config(Settings):
                 f"cluster.ranks = {ranks}, but policy.parallel asks for tensor {parallel.tensor} × "
                 f"pipeline {parallel.pipeline} × data {parallel.data} = {parallel.world} ranks"
             )
+        if self.train.deterministic and not self.policy.deterministic:
+            return "train.deterministic needs policy.deterministic"
         return ""
 
     def _batch_problem(self) -> str:
@@ -125,23 +128,50 @@ class Config(Settings):
         return ""
 
     def _server_problems(self) -> list[str]:
-        rollout, judge, problems = self.rollout, self.judge, []
+        rollout, policy, problems = self.rollout, self.servers.policy, []
         needed = rollout.max_prompt_tokens + rollout.max_new_tokens
-        if self.servers.policy.context_length < needed:
+        if policy.context_length < needed:
             problems.append(
-                f"servers.policy.context_length = {self.servers.policy.context_length} is less than "
+                f"servers.policy.context_length = {policy.context_length} is less than "
                 f"rollout.max_prompt_tokens + rollout.max_new_tokens = {needed}"
             )
-        if judge.enabled and self.servers.judge is None:
-            problems.append("judge.enabled needs servers.judge (its model); or set judge.enabled=false")
-        if judge.enabled and self.servers.judge and self.servers.judge.context_length <= judge.max_new_tokens:
+        if policy.dtype != self.policy.dtype:
             problems.append(
-                f"servers.judge.context_length = {self.servers.judge.context_length} leaves no room for a prompt "
-                f"beside judge.max_new_tokens = {judge.max_new_tokens}"
+                f"servers.policy.dtype = {policy.dtype}, but policy.dtype = {self.policy.dtype}: "
+                "weights are published as they are trained"
+            )
+        ports = [port for _, server in self.started_servers() for port in _fixed_ports(server)]
+        twice = sorted({port for port in ports if ports.count(port) > 1})
+        if twice:
+            problems.append(f"port {twice[0]} is given to two servers; set servers.ROLE.port apart, or 0 for free ones")
+        return problems
+
+    def _judge_problems(self) -> list[str]:
+        judge, servers, problems = self.judge, self.servers.judge, []
+        if not judge.enabled:
+            return []
+        if servers is None:
+            return ["judge.enabled needs servers.judge (its model); or set judge.enabled=false"]
+        needed = self.rollout.max_new_tokens + judge.max_new_tokens
+        if servers.context_length <= needed:
+            problems.append(
+                f"servers.judge.context_length = {servers.context_length} must be more than rollout.max_new_tokens + "
+                f"judge.max_new_tokens = {needed}: the judge reads the whole solution before its verdict"
             )
         if judge.votes > 1 and judge.temperature == 0.0:
             problems.append("judge.votes > 1 needs judge.temperature > 0: greedy votes are all the same")
         return problems
+
+    def _started(self) -> list[tuple[Role, ServerSettings]]:
+        """The servers that this run starts, by role."""
+        started: list[tuple[Role, ServerSettings]] = [("policy", self.servers.policy)]
+        if self.judge.enabled and self.servers.judge is not None:
+            started.append(("judge", self.servers.judge))
+        return started
+
+
+def _fixed_ports(server: ServerSettings) -> list[int]:
+    return [server.port + place for place in range(server.count)] if server.port else []
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -155,24 +185,46 @@ def dump_config(config: Config) -> str:
 
 
 def check_surroundings(config: Config) -> None:
-    """What must hold on this machine before anything starts: models exist, fixed ports are free.
+    """What must hold on this machine before anything starts: models and data exist and fit, fixed ports are free.
 
     Raises ConfigError.
     """
-    models: dict[str, Path | str] = {
-        "policy.model": config.policy.model,
-        "servers.policy.model": config.servers.policy.model,
-    }
-    if config.judge.enabled and config.servers.judge is not None:
-        models["servers.judge.model"] = config.servers.judge.model
-    for key, folder in models.items():
-        if not (Path(folder) / "config.json").is_file():
-            raise ConfigError(f"{key} = {folder}: no Hugging Face model there (config.json is missing)")
-    servers = {"policy": config.servers.policy, "judge": config.servers.judge}
-    for role, server in servers.items():
-        for offset in range(server.count if server is not None and server.port else 0):
-            assert server is not None
-            _check_port(f"servers.{role}.port", server.host, server.port + offset)
+    model = _model_config("policy.model", config.policy.model)
+    for axis, names in {
+        "tensor": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+        "pipeline": ("num_hidden_layers",),
+    }.items():
+        size = getattr(config.policy.parallel, axis)
+        for name in names:
+            if model.get(name, 0) % size:
+                raise ConfigError(f"policy.parallel.{axis} = {size} does not divide the model's {name} = {model[name]}")
+    needed = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    if needed > model.get("max_position_embeddings", needed):
+        raise ConfigError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {needed} is more than the model's "
+            f"max_position_embeddings = {model['max_position_embeddings']}"
+        )
+    for role, server in config.started_servers():
+        _model_config(f"servers.{role}.model", server.model)
+        server.api_key()
+        for port in _fixed_ports(server):
+            _check_port(f"servers.{role}.port", server.host, port)
+    for key in ("train", "held_out"):
+        source = getattr(config.task, key, None)
+        if source is not None and Path(source).suffix in (".parquet", ".jsonl") and not Path(source).is_file():
+            raise ConfigError(f"task.{key} = {source}: no such file")
+
+
+def _model_config(key: str, folder: Path | str) -> dict[str, Any]:
+    """config.json of a Hugging Face folder."""
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{key} = {folder}: no Hugging Face model there (config.json is missing)") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    return dict(values)
 
 
 def _check_port(key: str, host: str, port: int) -> None:

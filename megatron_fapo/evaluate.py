@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_fapo.records import Group, Judged, Prompt, Verdict
+from megatron_fapo.records import Group, Judged, NotJudged, Prompt, Verdict
 from megatron_fapo.rollout.sampler import Sampler
 
 
@@ -45,7 +45,7 @@ def summarise(groups: Sequence[Group]) -> Evaluation:
     by_judge = [[_sound_by_judge(one) for one in group] for group in groups]
     by_oracle = [[_sound_by_oracle(one) for one in group] for group in groups]
     right = [one for one in judged if one.outcome.right]
-    with_judge = any(isinstance(one.verdict, Verdict) for one in judged)
+    with_judge = not any(isinstance(one.verdict, NotJudged) and one.verdict.reason == "off" for one in judged)
     with_oracle = any(one.oracle is not None for one in judged)
     return Evaluation(
         prompts=len(groups),
@@ -54,7 +54,7 @@ def summarise(groups: Sequence[Group]) -> Evaluation:
         pass_at=_pass_at([[one.outcome.right for one in group] for group in groups]),
         sound_share_judge=_mean(by_judge) if with_judge else None,
         verified_pass_at_judge=_pass_at(by_judge) if with_judge else None,
-        unjudged_share=sum(not isinstance(one.verdict, Verdict) for one in right) / len(right) if with_judge else None,
+        unjudged_share=_unjudged(right) if with_judge else None,
         sound_share_oracle=_mean(by_oracle) if with_oracle else None,
         verified_pass_at_oracle=_pass_at(by_oracle) if with_oracle else None,
     )
@@ -71,6 +71,10 @@ def _pass_at(successes: Sequence[Sequence[bool]]) -> dict[int, float]:
     return {
         k: sum(pass_at_k(samples, sum(group), k) for group in successes) / len(successes) for k in [*powers, samples]
     }
+
+
+def _unjudged(right: Sequence[Judged]) -> float:
+    return sum(not isinstance(one.verdict, Verdict) for one in right) / len(right) if right else 0.0
 
 
 def _mean(successes: Sequence[Sequence[bool]]) -> float:

@@ -59,5 +59,7 @@ async def publish_and_evaluate(
     if config.evaluation.due(step):
         with sinks.phase("evaluate", spans):
             held_out = cluster.task.held_out(config.evaluation.prompts)
-            sinks.write_evaluation(step, await evaluate(cluster.evaluator, held_out, step))
+            evaluation = await cluster.until_stopped(evaluate(cluster.evaluator, held_out, step))
+        if evaluation is not None:
+            sinks.write_evaluation(step, evaluation)
     return weights

@@ -57,15 +57,18 @@ def test_inherits_takes_the_other_file_first(tmp_path):
         ("batch.updates=5", "prompts_per_step = 32 is not a multiple of batch.updates = 5"),
         ("rollout.max_new_tokens=127", r"context_length = 128 is less than .* = 159"),
         ("servers.judge=null", "judge.enabled needs servers.judge"),
-        ("judge.max_new_tokens=256", "leaves no room for a prompt"),
+        ("judge.max_new_tokens=200", "servers.judge.context_length = 256 must be more than .* = 264"),
+        ("policy.dtype=bfloat16", "servers.policy.dtype = float32, but policy.dtype = bfloat16"),
+        ("policy.deterministic=false", "train.deterministic needs policy.deterministic"),
+        ("servers.policy.port=31001", "port 31001 is given to two servers"),
         ("judge.votes=3", "judge.votes > 1 needs judge.temperature > 0"),
         ("servers.policy.host=0.0.0.0", "set api_key_file"),
-        ("task.name=chess", "task"),
+        ("task.name=chess", "task: .*'clock', 'math', 'critique'"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_what_to_do(override, message):
     with pytest.raises(ConfigError, match=message):
-        read_config(CLOCK, [override])
+        read_config(CLOCK, ["train.deterministic=true", "servers.judge.port=31001", override])
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
@@ -84,6 +87,17 @@ def test_surroundings_are_checked_before_anything_starts(tmp_path, monkeypatch):
     check_surroundings(read_config(CLOCK))
     with pytest.raises(ConfigError, match=r"policy\.model = nowhere: no Hugging Face model there"):
         check_surroundings(read_config(CLOCK, ["policy.model=nowhere"]))
+    for override, message in (
+        ("policy.parallel.tensor=3", "tensor = 3 does not divide the model's num_attention_heads = 4"),
+        ("policy.parallel.pipeline=3", "pipeline = 3 does not divide the model's num_hidden_layers = 2"),
+        ("servers.policy.api_key_file=none", "api_key_file none"),
+        ("task={name: math, train: none.parquet}", "task.train = none.parquet: no such file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_surroundings(read_config(CLOCK, [override]))
+    long = ["rollout.max_new_tokens=5000", "servers.policy.context_length=6000", "servers.judge.context_length=6000"]
+    with pytest.raises(ConfigError, match="more than the model's max_position_embeddings = 256"):
+        check_surroundings(read_config(CLOCK, long))
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()

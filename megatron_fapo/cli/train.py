@@ -12,6 +12,7 @@ from megatron_fapo.config import Config, check_surroundings, dump_config, read_c
 from megatron_fapo.errors import ConfigError, ResumeError
 from megatron_fapo.records import RunState
 from megatron_fapo.run.folder import RunFolder
+from megatron_fapo.settings import flatten
 
 EXAMPLE = "Example: fapo train configs/clock/fapo.yaml train.steps=20 --run runs/first"
 
@@ -36,9 +37,32 @@ def command(
         return
     if folder.started() and not resume:
         raise ConfigError(f"{folder.path} holds a run already: add --resume to go on, or choose another with --run")
-    if resume and not folder.started():
-        raise ResumeError(f"{folder.path}: no run was started here, so there is nothing to resume")
+    if resume:
+        check_same_run(folder, settings)
     asyncio.run(run_training(settings, folder, resume=resume))
+
+
+MAY_CHANGE = ("train.steps", "observe.", "checkpoint.", "evaluation.", "cluster.", "policy.threads", "policy.timeout")
+MAY_CHANGE_OF_SERVERS = ("host", "port", "count", "threads", "timeout", "api_key_file", "log_folder")
+
+
+def check_same_run(folder: RunFolder, config: Config) -> None:
+    """Refuse to resume with a configuration that would make another run of it.
+
+    What may change is how long the run is, what it shows and where it runs. Raises ResumeError naming every key.
+    """
+    if not folder.started():
+        raise ResumeError(f"{folder.path}: no run was started here, so there is nothing to resume")
+    before, now = flatten(read_config(folder.config).model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+    changed = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not key.startswith(MAY_CHANGE)
+        and not (key.startswith("servers.") and key.endswith(MAY_CHANGE_OF_SERVERS))
+    ]
+    if changed:
+        raise ResumeError(f"{folder.path} was started with another configuration: {'; '.join(changed)}")
 
 
 async def run_training(config: Config, folder: RunFolder, *, resume: bool) -> RunState:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_fapo.algorithm.advantages import needs_verdict
-from megatron_fapo.algorithm.rewards import shaped, usable
+from megatron_fapo.algorithm.rewards import shaped
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.errors import JudgeError
 from megatron_fapo.judge.ask import Asker
@@ -21,7 +21,7 @@ from megatron_fapo.records import Group, NotJudged, Outcome, Prompt, Rollout, Ve
 VerdictTask = asyncio.Task[Verdict | NotJudged]
 
 ENOUGH_TO_TELL = 16
-"""Below this many asked verdicts in a step a share of failures says nothing."""
+"""Below this many asked verdicts a share of failures says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +34,17 @@ class Rules:
     max_tokens: int
     """The response limit, for overlong shaping."""
 
-    def matters(self, distinct_right: int, lengths: Sequence[int]) -> bool:
-        """Whether a verdict can change an advantage in a group with these right solutions and response lengths."""
+    def matters(self, distinct_right: int, landed: Sequence[tuple[Rollout, Outcome]]) -> bool:
+        """Whether a verdict can change an advantage in a group with so many right solutions among what has landed."""
         reward = self.algorithm.reward
+        lengths = [len(rollout.token_ids) for rollout, _ in landed]
+        graded = any(outcome.score != (1.0 if outcome.right else -1.0) for _, outcome in landed)
         return not self.judge.skip or needs_verdict(
             distinct_right=distinct_right,
             group_size=self.group_size,
             flaw_penalty=reward.flaw_penalty,
             advantage=self.algorithm.advantage,
-            shaped=shaped(list(lengths), self.max_tokens, reward.overlong),
+            uneven=graded or shaped(lengths, self.max_tokens, reward.overlong),
         )
 
 
@@ -84,7 +86,7 @@ class GroupJudge:
         for rollout, outcome in self._landed:
             if outcome.right:
                 right.setdefault(rollout.text, rollout)
-        if self.rules.matters(len(right), [len(rollout.token_ids) for rollout, _ in self._landed]):
+        if self.rules.matters(len(right), self._landed):
             for text, rollout in right.items():
                 if text not in self._asked:
                     self._asked[text] = self._ask(rollout)
@@ -112,7 +114,7 @@ class GroupJudge:
 class NoJudge:
     """Plain GRPO: every right rollout stays unjudged."""
 
-    def __init__(self, prompt: Prompt) -> None:
+    def __init__(self) -> None:
         self._results: dict[str, Verdict | NotJudged] = {}
 
     def add(self, rollout: Rollout, outcome: Outcome) -> None:
@@ -133,20 +135,27 @@ class Judge:
     def __init__(self, asker: Asker | None, rules: Rules) -> None:
         self._asker = asker
         self._rules = rules
+        self._asked = self._failed = 0
 
     def open(self, prompt: Prompt) -> GroupJudge | NoJudge:
         """A judge for one group."""
-        return NoJudge(prompt) if self._asker is None else GroupJudge(self._asker, self._rules, prompt)
+        return NoJudge() if self._asker is None else GroupJudge(self._asker, self._rules, prompt)
 
     def check(self, groups: Sequence[Group]) -> None:
-        """Raise JudgeError when too many of a step's verdicts failed to trust the run, or none is left to train on."""
+        """Raise JudgeError when too many verdicts failed to trust the run.
+
+        They are counted over as many steps as it takes until there are enough to tell.
+        """
         verdicts = [judged.verdict for group in groups for judged in group]
         failed = [v for v in verdicts if isinstance(v, NotJudged) and v.reason == "failed"]
-        asked = len(failed) + sum(isinstance(v, Verdict) for v in verdicts)
-        if asked >= ENOUGH_TO_TELL and len(failed) > self._rules.judge.max_failed_share * asked:
+        self._failed += len(failed)
+        self._asked += len(failed) + sum(isinstance(v, Verdict) for v in verdicts)
+        if self._asked < ENOUGH_TO_TELL:
+            return
+        if self._failed > self._rules.judge.max_failed_share * self._asked:
+            last = f"; the last one: {failed[-1].why}" if failed else ""
             raise JudgeError(
-                f"{len(failed)} of {asked} verdicts failed, more than judge.max_failed_share = "
-                f"{self._rules.judge.max_failed_share}; the last one: {failed[-1].why}. Look at the judge server's log"
+                f"{self._failed} of {self._asked} verdicts failed, more than judge.max_failed_share = "
+                f"{self._rules.judge.max_failed_share}{last}. Look at the judge server's log"
             )
-        if not any(usable(group, self._rules.algorithm.reward) for group in groups):
-            raise JudgeError(f"every group has a failed verdict and is dropped; the last one: {failed[-1].why}")
+        self._asked = self._failed = 0

@@ -7,7 +7,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_fapo.observe import jsonl
 from megatron_fapo.observe.console import ConsoleSink, open_console
 from megatron_fapo.observe.interface import Sink, StepRecord
 from megatron_fapo.observe.jsonl import JsonlSink
@@ -141,7 +140,7 @@ def open_sinks(
         together = Sinks(sinks, console, info, clock)
         yield together
         together.finish()
-    if settings.report and (folder / jsonl.NAME).stat().st_size:
+    if settings.report:
         _write_report(folder)
 
 
@@ -169,5 +168,8 @@ def _write_report(folder: Path) -> None:
     from megatron_fapo.observe.report.build import write_report
     from megatron_fapo.observe.runs import read_run
 
-    write_report([read_run(folder)], folder / "report.html")
+    run = read_run(folder)
+    if not run.steps:  # stopped before its first step
+        return
+    write_report([run], folder / "report.html")
     log.info("%s written", folder / "report.html")

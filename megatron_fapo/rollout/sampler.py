@@ -5,7 +5,9 @@ import hashlib
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from megatron_fapo.errors import DataError, ServerError
+from megatron_fapo.algorithm.rewards import usable
+from megatron_fapo.algorithm.settings import RewardSettings
+from megatron_fapo.errors import DataError, JudgeError, ServerError
 from megatron_fapo.judge.ask import ChatCodec
 from megatron_fapo.judge.judge import Judge
 from megatron_fapo.records import (
@@ -38,6 +40,7 @@ class Sampler:
         judge: Judge,
         tokenizer: ChatCodec,
         settings: RolloutSettings,
+        reward: RewardSettings,
         seed: int,
         progress: Callable[[int], None] = lambda rollouts: None,
     ) -> None:
@@ -46,13 +49,24 @@ class Sampler:
         self._judge = judge
         self._tokenizer = tokenizer
         self._settings = settings
+        self._reward = reward
         self._seed = seed
         self._progress = progress
 
     async def collect(self, step: int, cursor: int) -> list[Group]:
-        """The groups of a step: `prompts_per_step` prompts of the training stream from `cursor` on."""
+        """The groups of a step: `prompts_per_step` prompts of the training stream from `cursor` on.
+
+        Raises JudgeError when too many verdicts failed, or when no group is left to train on.
+        """
         prompts = [self._task.prompt(cursor + offset) for offset in range(self._settings.prompts_per_step)]
-        return await self.sample(step, prompts)
+        groups = await self.sample(step, prompts)
+        if not any(usable(group, self._reward) for group in groups):
+            raise JudgeError(
+                f"each of the {len(groups)} groups has a failed verdict and algorithm.reward.failed_verdict is "
+                "drop_group, so nothing is left to train on; look at the judge server's log",
+                step=step,
+            )
+        return groups
 
     async def sample(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
         """Groups of the given prompts, in their order.
@@ -123,6 +137,8 @@ class Sampler:
         )
 
     def _rollout(self, prompt: Prompt, request: GenerationRequest, generation: Generation) -> Rollout:
+        if generation.finish_reason == "abort":
+            raise ServerError("a sample was aborted at the server by somebody else", rollout=generation.id)
         return Rollout(
             id=generation.id,
             prompt_id=prompt.id,

@@ -8,7 +8,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from megatron_fapo.algorithm import theory
-from megatron_fapo.algorithm.advantages import LOSSLESS, group_advantage, needs_verdict, token_advantages
+from megatron_fapo.algorithm.advantages import group_advantage, needs_verdict, token_advantages
 from megatron_fapo.algorithm.rewards import overlong_penalty, rewards, shaped, usable
 from megatron_fapo.algorithm.settings import AdvantageSettings, OverlongSettings, RewardSettings
 from megatron_fapo.records import floats
@@ -125,16 +125,16 @@ def test_verdicts_are_skipped_only_where_that_is_lossless(size, right, flaw_pena
     right = min(right, size)
     settings = AdvantageSettings(epsilon=epsilon)
     asked = needs_verdict(
-        distinct_right=1, group_size=size, flaw_penalty=flaw_penalty, advantage=settings, shaped=False
+        distinct_right=1, group_size=size, flaw_penalty=flaw_penalty, advantage=settings, uneven=False
     )
     clean = advantage(["clean"] * right + ["wrong"] * (size - right), flaw_penalty, settings)
     flawed = advantage(["flawed"] * right + ["wrong"] * (size - right), flaw_penalty, settings)
     if not asked:
-        np.testing.assert_allclose(flawed, clean, rtol=2 * LOSSLESS, atol=1e-6)
+        np.testing.assert_allclose(flawed, clean, rtol=1e-5)
 
 
 def test_the_default_skips_one_right_answer_and_asks_for_two():
-    common = {"group_size": 8, "flaw_penalty": 1.0, "shaped": False}
+    common = {"group_size": 8, "flaw_penalty": 1.0, "uneven": False}
     assert not needs_verdict(distinct_right=0, advantage=GRPO, **common)
     assert not needs_verdict(distinct_right=1, advantage=GRPO, **common)
     assert needs_verdict(distinct_right=2, advantage=GRPO, **common)
@@ -142,11 +142,11 @@ def test_the_default_skips_one_right_answer_and_asks_for_two():
 
 @pytest.mark.parametrize(
     "change",
-    [{"shaped": True}, {"flaw_penalty": 2.0}, {"advantage": AdvantageSettings(normalise_by_std=False)}],
-    ids=["shaping", "large penalty", "no std"],
+    [{"uneven": True}, {"flaw_penalty": 2.0}, {"advantage": AdvantageSettings(normalise_by_std=False)}],
+    ids=["shaping or grades", "large penalty", "no std"],
 )
 def test_the_skip_switches_itself_off_where_it_would_lose_something(change):
-    common = {"group_size": 8, "flaw_penalty": 1.0, "shaped": False, "advantage": GRPO} | change
+    common = {"group_size": 8, "flaw_penalty": 1.0, "uneven": False, "advantage": GRPO} | change
     assert needs_verdict(distinct_right=1, **common)
     assert not needs_verdict(distinct_right=0, **common)
 

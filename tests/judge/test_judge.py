@@ -191,8 +191,22 @@ def test_a_step_with_too_many_failures_stops_the_run_by_name():
     judge.check([make_group([FAILED] * 2), make_group(["clean"] * 8), make_group(["clean"] * 8)])
     with pytest.raises(JudgeError, match="18 of 26 verdicts failed"):
         judge.check([make_group([FAILED] * 18), make_group(["clean"] * 8)])
-    with pytest.raises(JudgeError, match="every group"):
-        judge.check([make_group([FAILED, "clean"])])
+
+
+def test_failures_are_counted_over_steps_until_there_are_enough_to_tell():
+    judge = Judge(None, rules(JudgeSettings()))
+    for _ in range(3):
+        judge.check([make_group([FAILED] * 5)])
+    with pytest.raises(JudgeError, match="20 of 20 verdicts failed"):
+        judge.check([make_group([FAILED] * 5)])
+
+
+def test_a_graded_task_is_judged_where_a_skip_would_lose_something():
+    right = (make_rollout("r0", "p0", "one"), _outcome(True))
+    wrong = (make_rollout("r1", "p0", "two"), _outcome(False))
+    graded = (make_rollout("r2", "p0", "three"), Outcome(right=False, score=0.75, answer="", why=""))
+    assert not rules(JudgeSettings()).matters(1, [right, wrong])
+    assert rules(JudgeSettings()).matters(1, [right, wrong, graded])
 
 
 def test_without_a_judge_right_rollouts_are_not_judged():

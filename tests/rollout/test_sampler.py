@@ -1,9 +1,11 @@
 """Generation, checking and judging stream together: shown in virtual time, where overlap is exact arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 
-from megatron_fapo.algorithm.settings import AlgorithmSettings
-from megatron_fapo.errors import DataError, ServerError, ServerUnreachable, TaskError
+from megatron_fapo.algorithm.settings import AlgorithmSettings, RewardSettings
+from megatron_fapo.errors import DataError, JudgeError, ServerError, ServerUnreachable, TaskError
 from megatron_fapo.judge.ask import Asker
 from megatron_fapo.judge.judge import Judge, Rules
 from megatron_fapo.judge.settings import JudgeSettings
@@ -43,7 +45,13 @@ def sample(policy, judge_server, *, prompts=2, size=2, settings=None):
         rules = Rules(judge=judge_settings, algorithm=AlgorithmSettings(), group_size=size, max_tokens=100)
         asker = Asker(judge_server, Words(), judge_settings, LoopClock(), seed=1)
         sampler = Sampler(
-            task=Echo(), servers=policy, judge=Judge(asker, rules), tokenizer=Words(), settings=rollout, seed=1
+            task=Echo(),
+            servers=policy,
+            judge=Judge(asker, rules),
+            tokenizer=Words(),
+            settings=rollout,
+            reward=RewardSettings(),
+            seed=1,
         )
         groups = await sampler.collect(step=4, cursor=10)
         return groups, LoopClock().now()
@@ -104,6 +112,22 @@ def test_a_group_that_comes_back_short_is_an_error():
 
     with pytest.raises(ServerError, match="1 of 2 samples came back"):
         sample(Lossy(lambda request, index: ("a", 1.0)), ModelledServer(clean))
+
+
+def test_an_aborted_sample_never_becomes_a_rollout():
+    class Aborting(ModelledServer):
+        async def generate(self, request):
+            async for generation in super().generate(request):
+                yield replace(generation, finish_reason="abort")
+
+    with pytest.raises(ServerError, match="aborted"):
+        sample(Aborting(lambda request, index: ("a", 1.0)), ModelledServer(clean))
+
+
+def test_a_step_with_nothing_left_to_train_on_is_an_error():
+    broken = ModelledServer(lambda request, index: ("no box", 1.0))
+    with pytest.raises(JudgeError, match="each of the 2 groups has a failed verdict"):
+        sample(ModelledServer(lambda request, index: (f"{index}", 1.0)), broken)
 
 
 def test_a_prompt_that_is_too_long_is_named():
