@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_fapo.weights import shared_memory_folder
@@ -22,10 +23,11 @@ SMALL = [
     "rollout.group_size=4",
     "batch.updates=2",
     "policy.threads=1",
-    "checkpoint.every=1",
+    "checkpoint.every=3",
     "evaluation.every=2",
     "evaluation.prompts=8",
     "evaluation.samples=2",
+    "evaluation.top_p=0.7",
     "observe.report=false",
     "servers.policy.max_running=32",
     "servers.judge.max_running=32",
@@ -34,7 +36,9 @@ SMALL = [
 
 def start(run: Path, *extra: str) -> subprocess.Popen:
     command = [FAPO, "train", "configs/clock/fapo.yaml", *SMALL, "--run", str(run), *extra]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -88,12 +92,16 @@ def test_a_run_trains_judges_publishes_and_records(whole):
 
 
 def test_a_started_run_is_not_overwritten(whole):
-    output = finish(start(whole), status=1)
-    assert "holds a run already" in output
+    assert "holds a run already" in finish(start(whole), status=1)
+
+
+def test_a_run_is_not_resumed_with_another_configuration(whole):
+    output = finish(start(whole, "--resume", "train.seed=2", "algorithm.reward.flaw_penalty=0.5"), status=1)
+    assert "algorithm.reward.flaw_penalty was 1.0, is 0.5; train.seed was 1, is 2" in output
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("killed_after", [0, 2])
+@pytest.mark.parametrize("killed_after", [0, 2, 4], ids=["at the start", "before a checkpoint", "after one"])
 def test_a_killed_and_resumed_run_gives_the_same_metrics(whole, tmp_path, killed_after):
     run = tmp_path / "killed"
     process = start(run)
@@ -105,6 +113,7 @@ def test_a_killed_and_resumed_run_gives_the_same_metrics(whole, tmp_path, killed
     process.send_signal(signal.SIGKILL)
     process.wait()
     finish(start(run, "--resume"))
+    assert len(list((run / "rollouts").glob("*.parquet"))) == 4
     assert timeless(run) == timeless(whole)
     assert not segments(run)
 
@@ -124,11 +133,15 @@ def test_two_ranks_start_from_the_same_rollouts_and_agree_with_the_engine(whole,
 
 
 @pytest.mark.long
-def test_sigterm_saves_a_checkpoint_and_ends_cleanly(whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_stopped_run_saves_a_checkpoint_and_ends_cleanly(whole, tmp_path, number):
     run = tmp_path / "stopped"
     process = start(run, "checkpoint.every=0")
     wait_for_steps(run, 1, process)
-    process.send_signal(signal.SIGTERM)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # a terminal tells every process of the group
+    else:
+        process.send_signal(number)
     finish(process)
     done = len(lines(run))
     assert 1 <= done < 4
@@ -138,25 +151,21 @@ def test_sigterm_saves_a_checkpoint_and_ends_cleanly(whole, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("victim", "message"), [("policy.rank", "rank 0"), ("engine.main", "server")])
+@pytest.mark.parametrize(
+    ("victim", "message"), [("ray::RankActor", "rank 0"), ("policy-0.log", "server ended"), ("judge-0.log", "verdicts")]
+)
 def test_a_process_that_dies_ends_the_run_by_name(tmp_path, victim, message):
     run = tmp_path / "broken"
     process = start(run, "train.steps=1000", "checkpoint.every=0")
     wait_for_steps(run, 1, process)
-    os.kill(_descendant(process.pid, victim), signal.SIGKILL)
+    os.kill(descendant(process.pid, victim), signal.SIGKILL)
     assert message in finish(process, status=1)
 
 
-def _descendant(parent: int, kind: str) -> int:
-    """A process below `parent`: a training rank (its Ray actor) or a server."""
-    table = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in table.splitlines()[1:]]
-    parents = {int(pid): int(ppid) for pid, ppid, _ in rows}
-    for pid, _, arguments in rows:
-        above = int(pid)
-        while above in parents and above != parent:
-            above = parents[above]
-        wanted = "ray::RankActor" in arguments if kind == "policy.rank" else kind in arguments
-        if above == parent and wanted and int(pid) != parent:
-            return int(pid)
-    raise AssertionError(f"no {kind} below {parent}")
+def descendant(parent: int, mark: str) -> int:
+    """The process below `parent` whose command line, or log file on standard output, has the mark."""
+    for process in psutil.Process(parent).children(recursive=True):
+        log = Path(f"/proc/{process.pid}/fd/1")
+        if any(mark in text for text in (" ".join(process.cmdline()), str(log.resolve()))):
+            return process.pid
+    raise AssertionError(f"no {mark} below {parent}")

@@ -1,11 +1,8 @@
 """The judge's prompt is, byte for byte, the one of its training data."""
 
 import json
-import os
 import re
 from pathlib import Path
-
-import pytest
 
 from megatron_fapo.critique.paragraphs import split
 from megatron_fapo.critique.prompt import judge_prompt
@@ -26,15 +23,8 @@ def test_prompt_in_full() -> None:
     )
 
 
-def rows() -> list[dict[str, object]]:
-    folder = os.environ.get("FAPO_DATA")
-    if folder is None:
-        pytest.skip("FAPO_DATA is not set: it names the folder with fapo-critic-sample.jsonl")
-    return [json.loads(line) for line in (Path(folder) / "fapo-critic-sample.jsonl").read_text().splitlines()]
-
-
-def test_the_authors_rows_are_rebuilt_from_their_parts() -> None:
-    sample = rows()
+def test_the_authors_rows_are_rebuilt_from_their_parts(fapo_critic_sample: Path) -> None:
+    sample = [json.loads(line) for line in fapo_critic_sample.read_text().splitlines()]
     for row in sample:
         (turn,) = row["prompt"]
         content = turn["content"]

@@ -288,11 +288,8 @@ def test_bad_critique_rows_are_named(tmp_path: Path, tokenizer: ChatTokenizer, t
         CritiqueTask(CritiqueSettings(train=Path(source), held_out_rows=1), tokenizer, seed=1)
 
 
-def test_the_authors_rows(tokenizer: ChatTokenizer) -> None:
-    folder = os.environ.get("FAPO_DATA")
-    if folder is None:
-        pytest.skip("FAPO_DATA is not set: it names the folder with fapo-critic-sample.jsonl")
-    settings = CritiqueSettings(train=Path(folder) / "fapo-critic-sample.jsonl", held_out_rows=10)
+def test_the_authors_rows(tokenizer: ChatTokenizer, fapo_critic_sample: Path) -> None:
+    settings = CritiqueSettings(train=fapo_critic_sample, held_out_rows=10)
     task = CritiqueTask(settings, tokenizer, seed=1)
     prompts = [task.prompt(index) for index in range(90)] + task.held_out(10)
     assert len({prompt.question for prompt in prompts}) == 100
