@@ -162,7 +162,7 @@ class Config(Settings):
             problems.append("judge.votes > 1 needs judge.temperature > 0: greedy votes are all the same")
         return problems
 
-    def _started(self) -> list[tuple[Role, ServerSettings]]:
+    def started_servers(self) -> list[tuple[Role, ServerSettings]]:
         """The servers that this run starts, by role."""
         started: list[tuple[Role, ServerSettings]] = [("policy", self.servers.policy)]
         if self.judge.enabled and self.servers.judge is not None:
