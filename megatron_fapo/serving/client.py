@@ -41,6 +41,8 @@ class ServerClient:
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=timeout)
         self._session: aiohttp.ClientSession | None = None
         self._group_stream: bool | None = None
+        self.failing = False
+        """Whether its last exchange, of whatever kind, broke off."""
 
     async def __aenter__(self) -> "ServerClient":
         return self
@@ -199,7 +201,12 @@ class ServerClient:
                 if response.status >= 400:
                     _raise_status(response.status, await response.read(), self.url + path, rid)
                 yield response
+            self.failing = False
+        except ServerUnreachable:
+            self.failing = True
+            raise
         except (TimeoutError, aiohttp.ClientError) as error:
+            self.failing = True
             raise ServerUnreachable(f"{self.url}{path}: {type(error).__name__}: {error}", **_where(rid)) from None
 
 
@@ -207,8 +214,8 @@ class ServerGroup:
     """Several servers of one role as one `Generator`: each request goes where the fewest samples are outstanding.
 
     A request whose server dies goes on at another one with the samples that have not arrived; a server that failed
-    is asked last until all servers have answered a control verb again. `diagnose` is called when no server is left;
-    it may raise an error that says more (the launcher's quotes a dead server's log).
+    is asked last until it has answered something again, be it a request, a control verb or an update. `diagnose` is
+    called when no server is left; it may raise an error that says more (the launcher's quotes a dead server's log).
     """
 
     def __init__(self, clients: Sequence[ServerClient], diagnose: Callable[[], None] = lambda: None) -> None:
@@ -217,14 +224,13 @@ class ServerGroup:
         self.clients = tuple(clients)
         self.diagnose = diagnose
         self._outstanding = dict.fromkeys(self.clients, 0)
-        self._failed: set[ServerClient] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Generation, None]:
         """As `Generator.generate`. Raises ServerUnreachable when no server is left to try."""
         untried = set(self.clients)
         left = request
         while True:
-            client = min(untried, key=lambda c: (c in self._failed, self._outstanding[c], self.clients.index(c)))
+            client = min(untried, key=lambda c: (c.failing, self._outstanding[c], self.clients.index(c)))
             untried.discard(client)
             waiting = dict(zip(left.ids, left.seeds, strict=True))
             self._outstanding[client] += len(waiting)
@@ -236,7 +242,6 @@ class ServerGroup:
                     yield sample
                 return
             except ServerUnreachable:
-                self._failed.add(client)
                 if not untried:
                     await asyncio.sleep(_DYING)
                     self.diagnose()
@@ -284,7 +289,6 @@ class ServerGroup:
 
     async def _all(self, verb: Callable[[ServerClient], Awaitable[None]]) -> None:
         await asyncio.gather(*(verb(client) for client in self.clients))
-        self._failed.clear()
 
 
 def _sampling(request: GenerationRequest, n: int, seed: int | list[int]) -> Json:

@@ -29,6 +29,8 @@ class Batch:
         """Rows and lengths are computed in multiples of this; 1 unless the engine is deterministic."""
         self.cache = model.new_cache()
         self.samples: list[Sample] = []
+        self.sound = True
+        """False while rows are being moved, and for good when that failed half-way."""
         rows = self._padded(max_rows)
         self._last = np.zeros(rows, np.int64)
         self._position = np.zeros(rows, np.int64)
@@ -102,6 +104,7 @@ class Batch:
         after = before - len(leaving)
         targets = [row for row in leaving if row < after]
         sources = [row for row in range(after, before) if row not in leaving]
+        self.sound = False
         if targets:
             for array in self._per_row():
                 array[targets] = array[sources]
@@ -110,8 +113,11 @@ class Batch:
             length = int(self._position[targets].max()) + 1
             self.cache.move(torch.tensor(sources), torch.tensor(targets), min(length, self.cache.length))
         del self.samples[after:]
+        # A deterministic engine computes padded rows too: what their last samples asked for must not cost anything.
         self._last[after:before] = self._position[after:before] = 0
-        self._watched[after:before] = False
+        self._temperature[after:before] = self._top_p[after:before] = 1
+        self._greedy[after:before] = self._watched[after:before] = False
+        self.sound = True
 
     def retract(self) -> list[Sample]:
         """Take all samples out, each carrying what it has drawn."""

@@ -91,7 +91,10 @@ class Engine:
             self._wake.notify()
 
     async def call(self, command: Callable[[], T]) -> T:
-        """Run a command between two tokens and return its result, or raise its error."""
+        """Run a command between two tokens and return its result, or raise its error.
+
+        A command whose caller is cancelled before its turn is not run.
+        """
         future: Future[T] = Future()
         with self._wake:
             self.check()
@@ -250,13 +253,18 @@ class Engine:
         return bool(self._waiting or len(self._batch)) and self.blocked is None
 
     def _obey(self, command: Callable[[], Any], future: "Future[Any]") -> None:
+        """Run a command unless its caller has left. Its error is its caller's alone, unless it broke the batch."""
+        if not future.set_running_or_notify_cancel():
+            return
         try:
             result = command()
         except FapoError as error:
             future.set_exception(error)
         except Exception as error:
-            future.set_exception(error)
-            raise
+            log.exception("a command failed")
+            future.set_exception(ServerError(f"the command failed: {type(error).__name__}: {error}"))
+            if not self._batch.sound:
+                raise
         else:
             future.set_result(result)
 
@@ -309,7 +317,8 @@ class Engine:
             commands, samples = list(self._commands), [*self._batch.samples, *self._waiting, *self._arrived]
             self._commands.clear()
         for _, future in commands:
-            future.set_exception(ServerError(f"the engine failed: {error}"))
+            if future.set_running_or_notify_cancel():
+                future.set_exception(ServerError(f"the engine failed: {error}"))
         self._deliver([_aborted(sample, "the engine failed") for sample in samples])
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._on_failure)

@@ -254,6 +254,8 @@ class Routes:
         rid = None if body.get("abort_all") else body.get("rid")
         if rid is None and not body.get("abort_all"):
             raise RequestRejected("rid: which request? (or abort_all: true)")
+        if not isinstance(rid, str | None):
+            raise RequestRejected(f"rid: must be a string, found {rid!r:.60}")
         count = await self._engine.call(lambda: self._engine.abort(rid, "aborted by request"))
         return web.json_response({"success": True, "aborted": count})
 

@@ -59,7 +59,7 @@ def parse_generate(body: Json, limits: Limits, text: Text) -> Parsed:
     samples: list[Sample] = []
     for prompt, parameter, n in zip(prompts, parameters, counts, strict=True):
         _refuse_unknown(parameter, _SAMPLING, "sampling parameter")
-        options = _options(parameter, text)
+        options = _options(parameter, limits, text)
         _check_length(len(prompt), options.max_new_tokens, limits)
         array = np.array(prompt, np.int64)
         for seed in _seeds(parameter, n, limits):
@@ -89,6 +89,8 @@ def _prompts(body: Json, limits: Limits, text: Text) -> tuple[list[list[int]], b
     given = body.get("input_ids")
     if given is None and body.get("text") is not None:
         words = body["text"]
+        if not all(isinstance(word, str) for word in (words if isinstance(words, list) else [words])):
+            raise RequestRejected(f"text: must be a text or a list of texts, found {words!r:.60}")
         given = [text.encode(t) for t in words] if isinstance(words, list) else text.encode(words)
     if not isinstance(given, list) or not given:
         raise RequestRejected("input_ids: must be a list of token ids, or a list of such lists (or send text)")
@@ -117,31 +119,40 @@ def _ids(given: Any, prompts: int, counts: list[int]) -> list[str]:
     total = sum(counts)
     if given is None:
         given = [secrets.token_hex(8) for _ in range(prompts)]
+    if not all(isinstance(rid, str) for rid in (given if isinstance(given, list) else [given])):
+        raise RequestRejected(f"rid: must be a string, or a list of strings, found {given!r:.60}")
     given = given if isinstance(given, list) else [given] if prompts == 1 else [f"{given}_{i}" for i in range(prompts)]
     if len(given) == total:
-        return [str(rid) for rid in given]
+        return given
     if len(given) != prompts:
         raise RequestRejected(f"rid: {len(given)} ids for {prompts} prompts and {total} samples")
     return [f"{rid}-{i}" for rid, n in zip(given, counts, strict=True) for i in range(n)]
 
 
-def _options(parameters: Json, text: Text) -> Options:
+def _options(parameters: Json, limits: Limits, text: Text) -> Options:
     if parameters.get("top_k") not in (None, -1, 0):
         raise RequestRejected("sampling parameter 'top_k' is not supported: leave it out or -1")
     stop = parameters.get("stop") or ()
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    stop = [stop] if isinstance(stop, str) else stop
+    if stop and not (isinstance(stop, list) and all(isinstance(word, str) and word for word in stop)):
+        raise RequestRejected(f"sampling parameter 'stop': must be a text or a list of texts, found {stop!r:.60}")
     if stop and not text.available:
         raise RequestRejected("sampling parameter 'stop' needs the model's tokenizer.json; use stop_token_ids")
     stops = parameters.get("stop_token_ids") or ()
     if not isinstance(stops, list | tuple) or not all(type(token) is int for token in stops):
         raise RequestRejected("sampling parameter 'stop_token_ids': must be a list of integers")
+    for token in stops:
+        if not 0 <= token < limits.vocabulary:
+            raise RequestRejected(
+                f"sampling parameter 'stop_token_ids': {token} is outside the vocabulary of {limits.vocabulary}"
+            )
     eos = () if parameters.get("ignore_eos", False) else text.eos_ids
     return Options(
         temperature=_number(parameters, "temperature", 1.0, 0.0, 100.0, float),
         top_p=_number(parameters, "top_p", 1.0, 1e-6, 1.0, float),
         max_new_tokens=_number(parameters, "max_new_tokens", 128, 1, 2**31, int),
         stop_token_ids=tuple(dict.fromkeys((*stops, *eos))),
-        stop=stop,
+        stop=tuple(stop),
     )
 
 

@@ -34,12 +34,15 @@ def draw(
     """One token a row, by inverse CDF, and its log-prob under softmax(logits / temperature), before top-p.
 
     `logits` [R, V], `temperatures` [R, 1] (1 where greedy), `top_ps` [R, 1] or None where none cuts, `numbers` [R]
-    uniforms, `greedy` [R] flags or None where no row is greedy.
+    uniforms, `greedy` [R] flags or None where no row is greedy. The nucleus reads its tokens in another order, so
+    rows that do not cut never go through it, whatever the others do.
     """
     scaled = logits / temperatures
     probabilities = scaled.softmax(-1)
     thresholds = torch.from_numpy(numbers)[:, None]
-    tokens = _inverse_cdf(probabilities, thresholds) if top_ps is None else _nucleus(probabilities, top_ps, thresholds)
+    tokens = _inverse_cdf(probabilities, thresholds)
+    if top_ps is not None:
+        tokens = torch.where(top_ps < 1, _nucleus(probabilities, top_ps, thresholds), tokens)
     if greedy is not None:
         tokens = torch.where(greedy[:, None], logits.argmax(-1, keepdim=True), tokens)
     logprobs = scaled.log_softmax(-1).gather(1, tokens)

@@ -2,11 +2,11 @@
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_fapo.errors import DataError, RequestRejected, WeightsError
@@ -47,10 +47,12 @@ class Weights:
     def load(self, folder: Path) -> None:
         """Read all parameters from a folder, casting where its dtype differs.
 
-        A folder that does not fit is refused before the first byte changes. Raises DataError, RequestRejected.
+        A folder that does not fit, or is damaged, is refused before the first byte changes. Raises DataError,
+        RequestRejected.
         """
         with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(path, framework="pt")) for path in on_disk(folder)]
+            stack.enter_context(_readable(folder))
+            files = [stack.enter_context(_open_file(path)) for path in on_disk(folder)]
             entries = [(file, name) for file in files for name in file.keys() if not self._is_tied_head(name)]  # noqa: SIM118
             for file, name in entries:
                 self._target(name, tuple(file.get_slice(name).get_shape()))
@@ -162,6 +164,20 @@ class Weights:
         if size < max(bucket.nbytes, 1):
             raise RequestRejected(f"segment {bucket.segment!r}: has {size} bytes, the bucket says {bucket.nbytes}")
         return Segment(path, size)
+
+
+@contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    """What cannot be read in here becomes a DataError that names the place."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{place}: cannot be read: {error}") from None
+
+
+def _open_file(path: Path) -> safe_open:
+    with _readable(path):
+        return safe_open(path, framework="pt")
 
 
 def _bytes(tensor: Tensor) -> memoryview:
