@@ -45,7 +45,7 @@ def execute(language: str, body: str, folder: Path) -> None:
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """What a reader has around a command: the repository's files, and a runs/ folder of its own."""
-    for name in ("configs", "examples", "tools", "docs", "README.md"):
+    for name in ("benchmarks", "configs", "examples", "tools", "docs", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
