@@ -21,12 +21,21 @@ def deterministic_url(start_server, models):
 
 
 async def test_the_same_requests_in_three_orders_and_timings_give_the_same_bytes(deterministic_url, request_for):
+    """Requests of all kinds side by side, on a server whose rows have been used by others before."""
     rng = np.random.default_rng(5)
     prompts = [rng.integers(2, 64, int(size)) for size in rng.integers(1, 40, REQUESTS)]
+    kinds = [{}, {"top_p": 0.7}, {"temperature": 0.6}, {"temperature": 1.5, "top_p": 0.9}, {"temperature": 0.0}]
     requests = [
-        request_for(prompt, seeds=range(i, i + 1 + i % 3), name=f"p{i}", max_new_tokens=int(rng.integers(5, 60)))
+        request_for(
+            prompt,
+            seeds=range(i, i + 1 + i % 3),
+            name=f"p{i}",
+            max_new_tokens=int(rng.integers(5, 60)),
+            **kinds[i % len(kinds)],
+        )
         for i, prompt in enumerate(prompts)
     ]
+    others = [request_for(prompts[i], range(40), f"o{i}", temperature=2.0, top_p=0.5 + 0.1 * i) for i in range(3)]
 
     async def one(client, request, delay):
         await asyncio.sleep(delay)
@@ -40,6 +49,8 @@ async def test_the_same_requests_in_three_orders_and_timings_give_the_same_bytes
         samples = {sample.id: sample for samples in answers for sample in samples}
         return {rid: (s.token_ids.tobytes(), s.logprobs.tobytes()) for rid, s in samples.items()}
 
+    async with ServerClient(deterministic_url) as client:
+        await asyncio.gather(*(one(client, request, 0.0) for request in others))
     first = await bytes_of(1, 0.0)
     assert len(first) == sum(len(request.ids) for request in requests)
     assert await bytes_of(2, 0.3) == first

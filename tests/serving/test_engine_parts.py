@@ -144,6 +144,40 @@ def test_top_p_keeps_the_fewest_likely_tokens_that_reach_it(top_p, kept):
     np.testing.assert_allclose(logprobs, logits[0, torch.from_numpy(tokens)], rtol=1e-5)  # before top-p cuts
 
 
+def test_a_row_is_drawn_alike_whatever_the_others_ask_for():
+    """Plain, cut, tempered and greedy rows, drawn together and each alone: the same tokens and bytes."""
+    rows = 256
+    logits = torch.randn(rows, 40, generator=torch.Generator().manual_seed(1)) * 2
+    temperatures = torch.tensor([[1.0], [0.5], [1.7]]).repeat(rows, 1)[:rows]
+    top_ps = torch.tensor([[1.0], [0.7], [1.0], [0.95]]).repeat(rows, 1)[:rows]
+    greedy, numbers = torch.arange(rows) % 5 == 0, uniforms(np.arange(rows, dtype=np.uint64), np.zeros(rows, np.uint64))
+    tokens, logprobs = draw(logits, temperatures, top_ps, numbers, greedy)
+    for row in range(rows):
+        one = slice(row, row + 1)
+        cut = top_ps[one] if top_ps[row] < 1 else None
+        alone = draw(logits[one], temperatures[one], cut, numbers[one], greedy[one] if greedy[row] else None)
+        assert (alone[0][0], alone[1][0]) == (tokens[row], logprobs[row])
+
+
+def test_rows_that_were_freed_cost_nothing_and_ask_for_nothing(tmp_path_factory, monkeypatch):
+    """Padded rows of a deterministic engine are computed: none of them may send the batch through the nucleus."""
+    from megatron_fapo.serving.engine import batch as batch_module
+
+    asked = []
+
+    def seen(logits, temperatures, top_ps, numbers, greedy):
+        asked.append((temperatures.unique().tolist(), top_ps, greedy))
+        return draw(logits, temperatures, top_ps, numbers, greedy)
+
+    monkeypatch.setattr(batch_module, "draw", seen)
+    batch = Batch(packing_model(tmp_path_factory), 16, 16)
+    options = ({"temperature": 1.7, "top_p": 0.5}, {"temperature": 0.0}, {"temperature": 0.3, "top_p": 0.9})
+    run(batch, [[sample([5, 6], seed=i, place=i, max_new_tokens=4 + i, **options[i % 3]) for i in range(12)]])
+    asked.clear()
+    run(batch, [[sample([5, 6, 7], seed=1, max_new_tokens=9)]])
+    assert asked == [([1.0], None, None)] * 9
+
+
 def test_a_model_that_attends_to_a_window_is_refused_beyond_it(tmp_path):
     from megatron_fapo.errors import ConfigError
 

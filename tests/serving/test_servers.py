@@ -1,6 +1,7 @@
 """Processes, keys, aborts, and servers that die or misbehave."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -226,6 +227,33 @@ async def test_requests_go_where_fewest_samples_are_outstanding(fake, request_fo
     release.set()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert arrived == [(0, 4), (1, 1), (1, 1), (1, 1), (1, 2)]
+    await group.close()
+
+
+async def test_a_server_that_has_recovered_is_asked_again(fake, request_for, prompts):
+    """Asked last from its failure until it answers anything, here a control verb that the group did not send."""
+    asked, well = [], asyncio.Event()
+
+    def handler(place):
+        async def generate(request):
+            asked.append(place)
+            if place == 0 and not well.is_set():
+                request.transport.abort()
+            rid = (await request.json())["rid"]
+            lines = [{"id": r, "tokens": "", "logprobs": "", "finish_reason": "stop"} for r in rid]
+            return web.Response(text="".join(json.dumps(line) + "\n" for line in lines))
+
+        return generate
+
+    clients = [ServerClient(await fake(handler(place))) for place in range(2)]
+    group = ServerGroup(clients)
+    for _ in range(2):
+        assert len(await collect(group, request_for(prompts[0]))) == 1
+    assert asked == [0, 1, 1]
+    well.set()
+    await clients[0].info()
+    assert len(await collect(group, request_for(prompts[0]))) == 1
+    assert asked == [0, 1, 1, 0]
     await group.close()
 
 

@@ -155,11 +155,11 @@ class Engine:
     def _end(self, hit: Callable[[Sample], bool], why: str) -> int:
         rows = [row for row, sample in enumerate(self._batch.samples) if hit(sample)]
         answers = [self._batch.answer(row, "abort", why) for row in rows]
-        self._batch.remove(rows)
         queued = [sample for sample in self._waiting if hit(sample)]
         self._waiting = deque(sample for sample in self._waiting if not hit(sample))
         answers.extend(_aborted(sample, why) for sample in queued)
         self._deliver(answers)
+        self._batch.remove(rows)
         return len(answers)
 
     def begin_update(self) -> None:

@@ -58,7 +58,9 @@ def holds(model: Model, granularity: int, max_running: int) -> bool:
     return same_alone and all(torch.equal(a, b[order]) for a, b in zip(moved, reference, strict=True))
 
 
-def _results(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits, and what is drawn from them."""
-    tokens, logprobs = draw(logits, torch.ones(len(logits), 1), None, np.full(len(logits), 0.5), None)
-    return logits.clone(), torch.from_numpy(tokens), torch.from_numpy(logprobs)
+def _results(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Logits, and what is drawn from them, by both ways of drawing."""
+    rows = len(logits)
+    nucleus, numbers = torch.full((rows, 1), 0.9), np.full(rows, 0.5)
+    plain, cut = (draw(logits, torch.ones(rows, 1), top_ps, numbers, None) for top_ps in (None, nucleus))
+    return logits.clone(), *(torch.from_numpy(array) for array in (*plain, *cut))

@@ -123,7 +123,7 @@ def _ids(given: Any, prompts: int, counts: list[int]) -> list[str]:
         raise RequestRejected(f"rid: must be a string, or a list of strings, found {given!r:.60}")
     given = given if isinstance(given, list) else [given] if prompts == 1 else [f"{given}_{i}" for i in range(prompts)]
     if len(given) == total:
-        return given
+        return list(given)
     if len(given) != prompts:
         raise RequestRejected(f"rid: {len(given)} ids for {prompts} prompts and {total} samples")
     return [f"{rid}-{i}" for rid, n in zip(given, counts, strict=True) for i in range(n)]
