@@ -83,7 +83,7 @@ async def open_cluster(config: Config, folder: RunFolder, watcher: Watcher) -> A
     async with AsyncExitStack() as stack:
         servers_starting = asyncio.ensure_future(stack.enter_async_context(open_servers(config, folder.logs)))
         try:
-            stack.enter_context(ray_session(config.cluster, config.policy.parallel.world, folder.path))
+            await stack.enter_async_context(ray_session(config.cluster, config.policy.parallel.world, folder.path))
             model = await MegatronModel.start("policy", config.policy, config.cluster, config.train.seed)
             stack.callback(model.stop)
             servers = await servers_starting

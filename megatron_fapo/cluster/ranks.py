@@ -1,25 +1,38 @@
-"""A Megatron model whose ranks are Ray actors, as one object with asynchronous verbs."""
+"""A Megatron model whose ranks are Ray actors, as one object with asynchronous verbs.
+
+Ray is imported where it is used, because `ray_session` sets its environment first.
+"""
 
 import asyncio
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.cluster.rank_actor import RankActor
-from megatron_fapo.cluster.ray_session import ray
 from megatron_fapo.config import ClusterSettings
 from megatron_fapo.errors import FapoError, PolicyError
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.records import Bucket, Role, StepBatch, StepReport
 
+log = logging.getLogger(__name__)
+
+COLOURS = re.compile(r"\x1b\[\d+m")
+"""Ray paints its tracebacks."""
+
+GRACE = 2.0
+"""Seconds in which further failures are awaited after the first: a rank that dies takes its peers along."""
+
 
 class MegatronModel:
-    """All ranks of one model (role). Every verb runs on all of them; the first failure stops all.
+    """All ranks of one model (role). Every verb runs on all of them; a failure of one stops all.
 
-    A rank's error arrives as it was raised there; a rank that dies or stays silent past the deadline becomes a
-    PolicyError that names rank and verb. After any failure the ranks are gone.
+    A rank's error arrives as it was raised there, with the rank's traceback as a note; a rank that dies or stays
+    silent past the deadline becomes a PolicyError that names rank and verb. Of several failures the likely cause is
+    raised: a death, else an error of ours, else a foreign one. After any failure the ranks are gone.
     """
 
     def __init__(self, role: Role, actors: Sequence[Any], deadline: float) -> None:
@@ -31,11 +44,9 @@ class MegatronModel:
     @classmethod
     async def start(cls, role: Role, settings: PolicySettings, cluster: ClusterSettings, seed: int) -> "MegatronModel":
         """Spawn the ranks and load the model."""
-        threads = str(settings.threads)
-        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TORCHDYNAMO_DISABLE": "1"}
-        actor = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(RankActor)
-        options = {"runtime_env": {"env_vars": environment}}
-        actors = [actor.options(**options).remote() for _ in range(settings.parallel.world)]
+        world = settings.parallel.world
+        remote, options = _remote_rank(settings)
+        actors = [remote.options(**options).remote(role, rank) for rank in range(world)]
         model = cls(role, actors, cluster.setup_deadline)
         host, port = await model._one(0, "address")
         layouts = await model._gather(
@@ -49,12 +60,10 @@ class MegatronModel:
         model._deadline = cluster.phase_deadline
         return model
 
-    async def pids(self) -> list[int]:
-        """Process ids in the order of ranks."""
-        return list(await self._gather("pid", [actor.pid.remote() for actor in self._actors]))
-
     async def update(self, batch: StepBatch, loss: LossSettings) -> StepReport:
         """All optimizer steps of one step."""
+        import ray
+
         reports = await self._all("update", ray.put(batch), loss)
         return next(report for report in reports if isinstance(report, StepReport))
 
@@ -81,6 +90,8 @@ class MegatronModel:
 
     def stop(self) -> None:
         """End all ranks."""
+        import ray
+
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._actors = []
@@ -94,11 +105,10 @@ class MegatronModel:
     async def _gather(self, verb: str, references: Sequence[Any]) -> list[Any]:
         futures = [asyncio.wrap_future(reference.future()) for reference in references]
         done, silent = await asyncio.wait(futures, timeout=self._deadline, return_when=asyncio.FIRST_EXCEPTION)
-        failed = [rank for rank, future in enumerate(futures) if future in done and future.exception() is not None]
-        if failed:
-            error = _translate(futures[failed[0]].exception(), self.role, failed[0], verb)
+        if any(future.exception() is not None for future in done):
+            errors = await _failures(futures)
             self.stop()
-            raise error
+            raise _cause(errors, self.role, verb)
         if silent:
             names = ", ".join(str(rank) for rank, future in enumerate(futures) if future in silent)
             self.stop()
@@ -110,16 +120,61 @@ class MegatronModel:
         return [future.result() for future in futures]
 
 
-def _translate(error: BaseException | None, role: Role, rank: int, verb: str) -> BaseException:
-    """A Ray error as one of ours; a rank's own error comes through as it is."""
+def _remote_rank(settings: PolicySettings) -> tuple[Any, dict[str, Any]]:
+    """The actor class, and its options: threads, and a GPU for each rank where Ray has that many."""
+    import ray
+
+    threads = str(settings.threads)
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TORCHDYNAMO_DISABLE": "1"}
+    gpus, ranks = ray.cluster_resources().get("GPU", 0), settings.parallel.world
+    if 0 < gpus < ranks:
+        log.warning("Ray has %g GPUs for %d ranks: the ranks train on the CPU", gpus, ranks)
+    options = {"runtime_env": {"env_vars": environment}, "num_gpus": int(gpus >= ranks)}
+    return ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(RankActor), options
+
+
+async def _failures(futures: Sequence[asyncio.Future[Any]]) -> dict[int, BaseException]:
+    """{rank: its error}, of all ranks that fail within the grace time; no wait once a rank is known to have died."""
+    import ray
+
+    end = asyncio.get_running_loop().time() + GRACE
+    while True:
+        found = {rank: f.exception() for rank, f in enumerate(futures) if f.done() and f.exception() is not None}
+        errors = {rank: error for rank, error in found.items() if error is not None}
+        running = [future for future in futures if not future.done()]
+        left = end - asyncio.get_running_loop().time()
+        if not running or left <= 0 or any(isinstance(e, ray.exceptions.RayActorError) for e in errors.values()):
+            return errors
+        await asyncio.wait(running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _cause(errors: Mapping[int, BaseException], role: Role, verb: str) -> BaseException:
+    """The likely cause of several failures, as one of our errors."""
+    import ray
+
+    def order(rank: int) -> int:
+        if isinstance(errors[rank], ray.exceptions.RayActorError):
+            return 0
+        return 1 if isinstance(getattr(errors[rank], "cause", None), FapoError) else 2
+
+    rank = min(errors, key=order)
+    return _translate(errors[rank], role, rank, verb)
+
+
+def _translate(error: BaseException, role: Role, rank: int, verb: str) -> BaseException:
+    """A Ray error as one of ours; a rank's own error comes through as it is, with its traceback as a note."""
+    import ray
+
     if isinstance(error, ray.exceptions.RayTaskError):
-        cause = error.cause
-        if isinstance(cause, FapoError):
-            return cause
-        return PolicyError(f"{type(cause).__name__}: {cause}", role=role, rank=rank, verb=verb)
+        cause: BaseException = error.cause
+        if not isinstance(cause, FapoError):
+            text = " ".join(str(cause).split())
+            cause = PolicyError(f"{type(cause).__name__}: {text}", role=role, rank=rank, verb=verb)
+        cause.add_note(COLOURS.sub("", str(error)))
+        return cause
     if isinstance(error, ray.exceptions.RayActorError):
         said = str(error).strip().splitlines()[-1:]
         return PolicyError(f"the rank's process died: {''.join(said)}", role=role, rank=rank, verb=verb)
     if isinstance(error, ray.exceptions.RayError):
         return PolicyError(f"Ray: {error}", role=role, rank=rank, verb=verb)
-    return error if error is not None else PolicyError("no error", role=role, rank=rank, verb=verb)
+    return error
