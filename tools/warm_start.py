@@ -17,11 +17,13 @@ from typing import Annotated
 
 from pydantic import Field
 
+from megatron_fapo.batch.layout import Layout
 from megatron_fapo.batch.pack import SupervisedExample, make_supervised_batch
 from megatron_fapo.batch.settings import BatchSettings
 from megatron_fapo.policy.local import LocalRanks
 from megatron_fapo.policy.settings import OptimizerSettings, PolicySettings
-from megatron_fapo.records import ints
+from megatron_fapo.policy.supervised import train_supervised
+from megatron_fapo.records import MiniBatch, UpdateReport, ints
 from megatron_fapo.settings import Settings, load
 from megatron_fapo.tasks import clock_tokenizer
 from megatron_fapo.tasks.clock import ClockTask
@@ -163,13 +165,17 @@ def train(
     """Supervised training from `start` into `out`."""
     optimizer = settings.optimizer.changed(schedule="cosine", decay_steps=schedule.steps)
     batching = BatchSettings()
+
+    def batch(step: int, layout: Layout) -> MiniBatch:
+        indices = range(step * schedule.batch, (step + 1) * schedule.batch)
+        return make_supervised_batch(map(make_example, indices), layout, batching)
+
+    def tell(step: int, report: UpdateReport) -> None:
+        if step % LOG_EVERY == 0 or step == schedule.steps - 1:
+            log.info("%s: step %d of %d, loss %.4f", name, step + 1, schedule.steps, report.loss)
+
     with LocalRanks(PolicySettings(model=start, optimizer=optimizer), seed=settings.seed) as ranks:
-        for step in range(schedule.steps):
-            indices = range(step * schedule.batch, (step + 1) * schedule.batch)
-            batch = make_supervised_batch(map(make_example, indices), ranks.layout, batching)
-            report = ranks.call("supervised_update", batch)[0]
-            if step % LOG_EVERY == 0 or step == schedule.steps - 1:
-                log.info("%s: step %d of %d, loss %.4f", name, step + 1, schedule.steps, report.loss)
+        train_supervised(ranks, (batch(step, ranks.layout) for step in range(schedule.steps)), tell)
         out.parent.mkdir(parents=True, exist_ok=True)
         ranks.call("save_hf", str(out))
 

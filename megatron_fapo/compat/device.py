@@ -1,5 +1,6 @@
 """What a CPU and a CUDA device differ in: one table, and the only place that asks which of the two is here."""
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +16,15 @@ def _nothing() -> None:
     """CUDA needs no patches."""
 
 
+def _the_only_one(rank: int) -> None:
+    """There is one CPU device."""
+
+
+def _claim_gpu(rank: int) -> None:
+    """torchrun says which GPU; Ray shows each rank one; plain processes see all and take them in turn."""
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """The facts that the policy needs of the machine it runs on."""
@@ -28,6 +38,8 @@ class Device:
     """TransformerConfig fields that depend on the device: fusions and the place of initialisation."""
     fused_adam: bool
     """Whether torch's AdamW is switched to its fused kernel (on CUDA, Transformer Engine and Apex bring their own)."""
+    claim: Callable[[int], None]
+    """Make one of the machine's devices this rank's own; before its process group is made."""
     install: Callable[[], None]
     """Patches of the whole process, installed once before anything of Megatron is built."""
     active: Callable[[], AbstractContextManager[Any]]
@@ -54,6 +66,7 @@ CPU = Device(
     spec="local",
     transformer_flags={**NO_FUSIONS, "use_cpu_initialization": True},
     fused_adam=True,
+    claim=_the_only_one,
     install=megatron_cpu.install,
     active=megatron_cpu.active,
 )
@@ -64,6 +77,7 @@ CUDA_PLAIN = Device(
     spec="local",
     transformer_flags=NO_FUSIONS,
     fused_adam=True,
+    claim=_claim_gpu,
     install=_nothing,
     active=nullcontext,
 )
@@ -75,6 +89,7 @@ CUDA = Device(
     spec="transformer_engine",
     transformer_flags={},
     fused_adam=False,
+    claim=_claim_gpu,
     install=_nothing,
     active=nullcontext,
 )

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from megatron_fapo.errors import DataError, PolicyError
 from megatron_fapo.policy.model import Model
-from megatron_fapo.records import Bucket, TensorSpec, WeightVersion
-from megatron_fapo.weights import Segment, aligned, checksum, digest
+from megatron_fapo.records import Bucket, TensorSpec
+from megatron_fapo.weights import Segment, aligned, digest
 
 Tensors = list[tuple[str, torch.Tensor]]
 
@@ -143,8 +143,6 @@ class Export:
         self.model = model
         self.pieces = plan(model)
         self._next = 0
-        self._digests: dict[str, str] = {}
-        self._nbytes = 0
 
     def next_bucket(self, path: Path, nbytes: int) -> Bucket | None:
         """See `PolicyRank.next_bucket`."""
@@ -158,18 +156,10 @@ class Export:
         offset = 0
         for piece in pieces:
             for name, tensor in fetch(self.model, piece):
-                spec = self._write(name, tensor, target, offset)
+                spec = _write(name, tensor, target, offset)
                 specs.append(spec)
                 offset = aligned(offset + tensor.numel() * tensor.itemsize)
         return Bucket(segment=str(path), nbytes=offset, tensors=tuple(specs)) if writing else None
-
-    def version(self, step: int) -> WeightVersion:
-        """What was written; complete after the last bucket."""
-        if self._next < len(self.pieces):
-            raise PolicyError(f"the export stands at piece {self._next} of {len(self.pieces)}", step=step)
-        return WeightVersion(
-            step=step, checksum=checksum(self._digests), tensors=len(self._digests), nbytes=self._nbytes
-        )
 
     def _cut(self, nbytes: int) -> Sequence[Piece]:
         """The next pieces that fit together."""
@@ -185,19 +175,17 @@ class Export:
             raise PolicyError(f"{names} need a bucket of {rest[0].nbytes} bytes, the bucket has {nbytes}")
         return rest[:fitting]
 
-    def _write(self, name: str, tensor: torch.Tensor, target: torch.Tensor, offset: int) -> TensorSpec:
-        size = tensor.numel() * tensor.itemsize
-        place = target[offset : offset + size]
-        place.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
-        self._digests[name] = digest(place.numpy().data)
-        self._nbytes += size
-        return TensorSpec(
-            name=name,
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=tuple(tensor.shape),
-            offset=offset,
-            digest=self._digests[name],
-        )
+
+def _write(name: str, tensor: torch.Tensor, target: torch.Tensor, offset: int) -> TensorSpec:
+    place = target[offset : offset + tensor.numel() * tensor.itemsize]
+    place.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
+    return TensorSpec(
+        name=name,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        offset=offset,
+        digest=digest(place.numpy().data),
+    )
 
 
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")

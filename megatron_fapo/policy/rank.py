@@ -34,7 +34,6 @@ from megatron_fapo.records import (
     StepBatch,
     StepReport,
     UpdateReport,
-    WeightVersion,
 )
 
 
@@ -64,6 +63,7 @@ class PolicyRank:
         if world != settings.parallel.world:
             raise PolicyError(f"{world} ranks were started for a layout of {settings.parallel.world}", rank=rank)
         self.device.install()
+        self.device.claim(rank)
         try:
             self._layout = connect(rank, address, port, settings, self.device, seed)
         except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
@@ -219,17 +219,10 @@ class PolicyRank:
         Collective; rank 0 writes and returns the bucket. None on the other ranks, and on rank 0 after the last one.
         Raises PolicyError when a tensor is larger than `nbytes`, or without `open_export`.
         """
-        with self.device.active():
-            return self._exporting().next_bucket(Path(segment_path), nbytes)
-
-    def weight_version(self, step: int) -> WeightVersion | None:
-        """What the export wrote, as a server must find it: on rank 0, after its last bucket; None elsewhere."""
-        return self._exporting().version(step) if dist.get_rank() == 0 else None
-
-    def _exporting(self) -> export.Export:
         if self._export is None:
             raise PolicyError("open_export() comes first")
-        return self._export
+        with self.device.active():
+            return self._export.next_bucket(Path(segment_path), nbytes)
 
     def save_hf(self, folder: str) -> None:
         """Write a Hugging Face folder: weights, config, tokenizer. Collective; rank 0 writes."""

@@ -79,4 +79,4 @@ class PolicySettings(Settings):
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads of each rank."""
     deterministic: bool = True
-    """Refuse operations whose results depend on scheduling."""
+    """Use operations whose results do not depend on scheduling; one that has no such form runs, with a warning."""

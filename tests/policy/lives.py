@@ -25,7 +25,6 @@ from megatron_fapo.records import (
     StepBatch,
     StepReport,
     VersionSpan,
-    WeightVersion,
     floats,
     ints,
 )
@@ -117,8 +116,9 @@ def step_batch(step: int, layout: Layout, updates: int = 1, **changes: Any) -> S
 @dataclass(frozen=True)
 class Exported:
     tensors: dict[str, np.ndarray[Any, Any]]
-    version: WeightVersion
-    buckets: int
+    digests: dict[str, str]
+    nbytes: list[int]
+    """Of each bucket."""
 
 
 def export(ranks: LocalRanks, nbytes: int = 20000) -> Exported:
@@ -126,18 +126,20 @@ def export(ranks: LocalRanks, nbytes: int = 20000) -> Exported:
     path = shared_memory_folder() / f"fapo-test-{os.getpid()}"
     segment = Segment(path, nbytes)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
-    buckets = 0
+    digests: dict[str, str] = {}
+    nbytes_of: list[int] = []
     try:
         ranks.call("open_export")
         while (answers := ranks.call("next_bucket", str(path), nbytes))[0] is not None:
             assert all(answer is None for answer in answers[1:])
-            buckets += 1
+            nbytes_of.append(answers[0].nbytes)
             for spec in answers[0].tensors:
                 assert spec.name not in tensors
                 count = int(np.prod(spec.shape))
                 view = np.frombuffer(segment.memory, spec.dtype, count=count, offset=spec.offset)
                 tensors[spec.name] = view.reshape(spec.shape).copy()
-        return Exported(tensors=tensors, version=ranks.call("weight_version", 3)[0], buckets=buckets)
+                digests[spec.name] = spec.digest
+        return Exported(tensors=tensors, digests=digests, nbytes=nbytes_of)
     finally:
         segment.remove()
 
