@@ -104,6 +104,8 @@ class MegatronModel:
 
     async def _gather(self, verb: str, references: Sequence[Any]) -> list[Any]:
         futures = [asyncio.wrap_future(reference.future()) for reference in references]
+        for future in futures:  # one that still runs when the ranks are ended fails later, and nobody asks why
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
         done, silent = await asyncio.wait(futures, timeout=self._deadline, return_when=asyncio.FIRST_EXCEPTION)
         if any(future.exception() is not None for future in done):
             errors = await _failures(futures)

@@ -2,22 +2,30 @@
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.errors import FapoError, PolicyError
 from megatron_fapo.policy.settings import PolicySettings
 
+Kind = Literal["died", "ours", "foreign", "done"]
+KINDS: tuple[Kind, ...] = ("died", "ours", "foreign", "done")
+"""How a call can end, the likeliest cause of the others first."""
+Answer = tuple[Kind, Any]
+"""A rank's answer to a call: a result, or the error that it became."""
+GRACE = 2.0
+"""Seconds in which further failures are awaited after one: a rank that dies takes its peers along."""
+
 
 class LocalRanks:
     """All ranks of a policy, each in a process of its own. Use as a context manager.
 
-    Consumes: method names and arguments. Waits for: all ranks' answers. Unblocked by: the last answer, the first
-    failure, or a rank's death; after a failure the other ranks, which may wait for the failed one, are ended.
+    Consumes: method names and arguments. Waits for: all ranks' answers. Unblocked by: the last answer, or GRACE
+    seconds after a failure or a rank's death; then the other ranks, which may wait for the failed one, are ended.
     """
 
     def __init__(self, settings: PolicySettings, seed: int = 0) -> None:
@@ -58,7 +66,7 @@ class LocalRanks:
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of `PolicyRank` on all ranks with the same arguments; answers in the order of ranks.
 
-        Raises the first failure, of whichever rank it is.
+        Of several failures it raises the likely cause: a rank's death, else an error of ours, else a foreign one.
         """
         self.start(method, *args)
         return self.finish()
@@ -75,13 +83,14 @@ class LocalRanks:
     def finish(self) -> list[Any]:
         """Wait for the answers to what was started."""
         method, self._running = self._running, ""
-        answers: dict[int, Any] = {}
-        while len(answers) < len(self._pipes):
-            waiting = {id(pipe): rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
-            for ready in wait([self._pipes[rank] for rank in waiting.values()]):
-                rank = waiting[id(ready)]
-                answers[rank] = self._answer(rank, method)
-        return [answers[rank] for rank in range(len(self._pipes))]
+        answers: dict[int, Answer] = {}
+        while waiting := [rank for rank in range(len(self)) if rank not in answers]:
+            failed = any(kind != "done" for kind, _ in answers.values())
+            ready = wait([self._pipes[rank] for rank in waiting], GRACE if failed else None)
+            if not ready:
+                break
+            answers |= {rank: self._receive(rank, method) for rank in waiting if self._pipes[rank] in ready}
+        return self._settle(answers)
 
     def _send(self, method: str, args: Sequence[tuple[Any, ...]]) -> None:
         if not self._pipes or self._running:
@@ -92,7 +101,7 @@ class LocalRanks:
             try:
                 pipe.send((method, args[rank]))
             except OSError:
-                raise self._death(rank, method) from None
+                self._settle({rank: self._death(rank, method)})
 
     def close(self) -> None:
         """Let the ranks leave their groups and end."""
@@ -114,23 +123,27 @@ class LocalRanks:
 
     def _one(self, rank: int, method: str, *args: Any) -> Any:
         self._pipes[rank].send((method, args))
-        return self._answer(rank, method)
+        return self._settle({rank: self._receive(rank, method)})[0]
 
-    def _answer(self, rank: int, method: str) -> Any:
+    def _receive(self, rank: int, method: str) -> Answer:
         try:
-            good, answer = self._pipes[rank].recv()
+            answer: Answer = self._pipes[rank].recv()
         except (EOFError, ConnectionError):
-            raise self._death(rank, method) from None
-        if good:
-            return answer
-        self.end()
-        raise cast(Exception, answer)
+            return self._death(rank, method)
+        return answer
 
-    def _death(self, rank: int, method: str) -> PolicyError:
+    def _death(self, rank: int, method: str) -> Answer:
         self._processes[rank].join(timeout=5)
         code = self._processes[rank].exitcode
+        return "died", PolicyError(f"a rank died in {method}() with exit code {code}", rank=rank)
+
+    def _settle(self, answers: Mapping[int, Answer]) -> list[Any]:
+        """The answers in the order of ranks, or the likely cause of the failures among them."""
+        kind, worst = min((answers[rank] for rank in sorted(answers)), key=lambda answer: KINDS.index(answer[0]))
+        if kind == "done":
+            return [answers[rank][1] for rank in sorted(answers)]
         self.end()
-        return PolicyError(f"a rank died in {method}() with exit code {code}", rank=rank)
+        raise cast(Exception, worst)
 
 
 def serve(pipe: Connection) -> None:
@@ -147,11 +160,11 @@ def serve(pipe: Connection) -> None:
         except (EOFError, ConnectionError):
             return
         try:
-            answer: tuple[bool, Any] = (True, getattr(rank, method)(*args))
+            answer: Answer = ("done", getattr(rank, method)(*args))
         except FapoError as error:
-            answer = (False, error)
+            answer = ("ours", error)
         except Exception as error:  # noqa: BLE001 - whatever it is, it reaches the driver, which raises it
-            answer = (False, _translated(error, method, args))
+            answer = ("foreign", _translated(error, method, args))
         pipe.send(answer)
 
 

@@ -1,6 +1,7 @@
 """Ranks as Ray actors: which failure is raised, what remains of it, and who may look into Ray's files."""
 
 import asyncio
+import gc
 import os
 import shutil
 import signal
@@ -68,7 +69,7 @@ async def fail(first: str, second: str) -> None:
             pass
 
         def call(self, verb: str, way: str, delay: float) -> None:
-            time.sleep(delay)
+            time.sleep(60 if way == "hangs" else delay)
             if way == "dies":
                 os._exit(1)
             raise Diverged("the loss is nan") if way == "diverges" else RuntimeError("Connection\nclosed by peer")
@@ -108,6 +109,14 @@ async def test_divergence_arrives_as_what_it_is_with_the_traceback_of_the_rank(
         await ranks.update(step_batch(0, ranks.layout), LOSS)
     assert "\n" not in str(caught.value)
     assert "in _optimize" in caught.value.__notes__[0]
+
+
+async def test_a_rank_that_is_ended_with_its_peer_says_nothing(session: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(Diverged):
+        await fail("diverges", "hangs")
+    await asyncio.sleep(1)
+    gc.collect()
+    assert not caplog.records
 
 
 async def test_a_foreign_error_becomes_one_line_with_its_place(session: Path) -> None:

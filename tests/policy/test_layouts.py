@@ -1,5 +1,6 @@
 """One rank, TP2, PP2 and DP2: the same weights in, the same updates, the same weights out."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from megatron_fapo.errors import PolicyError
+from megatron_fapo.policy.local import LocalRanks
 from megatron_fapo.weights import ALIGNMENT, digest
-from tests.policy.lives import LAYOUTS, Life, make_groups
+from tests.policy.lives import LAYOUTS, LOSS, Life, make_groups, policy_settings, step_batch
 
 every_layout = pytest.mark.parametrize("name", list(LAYOUTS))
 other_layout = pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
@@ -74,3 +77,13 @@ def test_weights_after_three_updates_equal_those_of_one_rank(lives: Lives, name:
         np.testing.assert_allclose(other.after.tensors[key], expected, atol=1e-5, err_msg=key)
         moved = max(moved, float(np.abs(expected - one.before.tensors[key]).max()))
     assert moved > 1e-2
+
+
+def test_a_rank_that_dies_is_named_also_when_its_peer_fails_first(qwen3: Path) -> None:
+    with LocalRanks(policy_settings(qwen3, data=2), seed=5) as ranks:
+        victim = ranks._processes[1]
+        batch = step_batch(0, ranks.layout)
+        ranks._send("update", [(None, LOSS), (batch, LOSS)])  # rank 0 fails at once, rank 1 waits for it
+        threading.Timer(0.5, victim.kill).start()
+        with pytest.raises(PolicyError, match=r"a rank died in update\(\) with exit code -9 \(rank 1\)"):
+            ranks.finish()
