@@ -1,7 +1,8 @@
 """Starts the server processes of a role, watches them, stops them.
 
 A server says where it listens through a pipe, so the port is bound before anyone hears of it. It ends when told to,
-and when the launching process ends, however that happens.
+and when the launching process ends, however that happens; not by a Ctrl-C in the launching process's terminal, which
+may want to save what its servers still do.
 """
 
 import asyncio
@@ -9,11 +10,11 @@ import contextlib
 import json
 import os
 import sys
-import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_fapo import lifeline
 from megatron_fapo.errors import ServerError
 from megatron_fapo.serving.client import ServerClient, ServerGroup
 from megatron_fapo.serving.settings import ServerSettings
@@ -73,14 +74,13 @@ async def launch_one(settings: ServerSettings, log: Path, port: int) -> ServerPr
                 stdout=output,
                 stderr=output,
                 pass_fds=(writing,),
+                start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
             )
     finally:
         os.close(writing)
     try:
-        # The kernel ties the child to the launching *thread*; only the main thread lives as long as we do.
-        parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
-        order = {"settings": settings.model_dump(), "parent": parent}
+        order = {"settings": settings.model_dump(), "launcher": lifeline.launcher()}
         assert process.stdin is not None
         process.stdin.write(json.dumps(order).encode() + b"\n")
         url = await asyncio.wait_for(_read_url(reading), settings.start_timeout)

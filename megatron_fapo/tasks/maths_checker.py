@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import math
 import sys
 from typing import Literal, cast
 
+from megatron_fapo import lifeline
 from megatron_fapo.errors import TaskError
 
 Comparison = Literal["equal", "different", "unreadable", "timeout"]
@@ -20,9 +22,8 @@ class MathsChecker:
     """
 
     def __init__(self, *, workers: int, deadline: float) -> None:
-        self._deadline = deadline
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
-        self._workers = [_Worker() for _ in range(workers)]
+        self._workers = [_Worker(deadline) for _ in range(workers)]
         for worker in self._workers:
             self._idle.put_nowait(worker)
 
@@ -30,7 +31,7 @@ class MathsChecker:
         """Whether two answers, LaTeX or plain, are mathematically equal. Raises TaskError when no worker can start."""
         worker = await self._idle.get()
         try:
-            return await worker.compare(reference, answer, self._deadline)
+            return await worker.compare(reference, answer)
         finally:
             self._idle.put_nowait(worker)
 
@@ -43,14 +44,15 @@ class MathsChecker:
 class _Worker:
     """One process, started when it is first needed and again after each end; one comparison at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
         self._process: asyncio.subprocess.Process | None = None
 
-    async def compare(self, reference: str, answer: str, deadline: float) -> Comparison:
+    async def compare(self, reference: str, answer: str) -> Comparison:
         process = self._process or await self._start()
         question = json.dumps({"reference": reference, "answer": answer})
         try:
-            reply = await asyncio.wait_for(_exchange(process, question), deadline)
+            reply = await asyncio.wait_for(_exchange(process, question), self._deadline)
         except TimeoutError:
             await self.stop()
             return "timeout"
@@ -66,7 +68,8 @@ class _Worker:
     async def _start(self) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "megatron_fapo.tasks.maths_worker",
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            str(lifeline.launcher()), str(math.ceil(self._deadline) + 1),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self._process = process
         try:

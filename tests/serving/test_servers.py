@@ -297,25 +297,45 @@ async def test_a_server_that_cannot_start_says_why(tmp_path):
         await launch_one(settings, tmp_path / "log", 0)
 
 
-async def test_servers_end_with_the_process_that_launched_them(models, tmp_path):
-    script = f"""
-import asyncio, pathlib
+DRIVER = """
+import asyncio, pathlib, signal, sys
+from megatron_fapo.serving.client import ServerClient
 from megatron_fapo.serving.launcher import launch_one
 from megatron_fapo.serving.settings import ServerSettings
+
 async def main():
-    server = await launch_one(ServerSettings(model={str(models[0])!r}), pathlib.Path({str(tmp_path / "log")!r}), 0)
-    pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(server.pid))
+    model, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+    interrupted = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupted.set)
+    server = await launch_one(ServerSettings(model=model), folder / "log", 0)
+    (folder / "pid").write_text(f"{server.pid}\\n")
+    await interrupted.wait()
+    async with ServerClient(server.url) as client:
+        (folder / "saved").write_text(await client.checksum() + "\\n")
     await asyncio.sleep(60)
+
 asyncio.run(main())
 """
-    parent = subprocess.Popen([sys.executable, "-c", script])
+
+
+async def test_servers_outlive_a_ctrl_c_and_end_with_the_process_that_launched_them(models, tmp_path):
+    """Ctrl-C goes to the process group of the terminal; the driver then still needs its servers to save."""
+
+    def said(name):
+        path = tmp_path / name
+        return path.exists() and path.read_text().endswith("\n")
+
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, models[0], tmp_path], start_new_session=True)
     try:
-        await until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 30)
+        await until(lambda: said("pid"), 60)
         server = int((tmp_path / "pid").read_text())
+        os.killpg(driver.pid, signal.SIGINT)
+        await until(lambda: said("saved") or driver.poll() is not None, 20)
+        assert driver.poll() is None
         assert alive(server)
     finally:
-        parent.kill()
-        parent.wait()
+        driver.kill()
+        driver.wait()
     await until(lambda: not alive(server))
 
 

@@ -1,7 +1,6 @@
 """One server process: load the model, listen, say where, serve until told to stop."""
 
 import asyncio
-import ctypes
 import json
 import logging
 import os
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_fapo import lifeline
 from megatron_fapo.errors import FapoError
 from megatron_fapo.serving.engine.folder import read_config
 from megatron_fapo.serving.engine.http import Routes, listen, run_forever, runner
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from megatron_fapo.serving.engine.protocol import Limits
 
 log = logging.getLogger(__name__)
-
-_PR_SET_PDEATHSIG = 1
 
 
 def serve(settings: ServerSettings, ready: Callable[[str], None] = lambda url: None) -> None:
@@ -62,8 +60,8 @@ def _load(settings: ServerSettings, text: Text) -> "tuple[Engine, Limits]":
     return start.build_engine(settings, text), start.limits(settings)
 
 
-def _end_with_parent() -> None:
-    """Leave when the launcher does: its end of our stdin closes; on Linux the kernel also tells us at once."""
+def _end_with_input() -> None:
+    """Leave when the launcher does: its end of our stdin closes. On Linux the kernel ends us as well."""
 
     def wait_for_end() -> None:
         while os.read(0, 4096):
@@ -73,21 +71,13 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait_for_end, name="parent", daemon=True).start()
 
 
-def _kill_me_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            sys.exit("the launcher is gone")
-
-
 def main() -> None:
     """Entry of a launched server: `main READY_FD`, settings as one line of JSON on stdin."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     ready_fd = int(sys.argv[1])
     order = json.loads(_read_line(0))
-    if order["parent"] is not None:
-        _kill_me_with(order["parent"])
-    _end_with_parent()
+    lifeline.end_with(order["launcher"])
+    _end_with_input()
 
     def ready(url: str) -> None:
         os.write(ready_fd, f"{url}\n".encode())

@@ -1,0 +1,30 @@
+"""Child processes that are deaf to the terminal's Ctrl-C and still end with their parent, however that ends.
+
+The parent decides when they end: it starts each in a session of its own (`start_new_session=True`), so that a Ctrl-C
+reaches the parent alone, which may still need them to save its work; and it passes `launcher()` on to the child.
+The child calls `end_with(launcher)` first of all.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+
+_PR_SET_PDEATHSIG = 1
+
+
+def launcher() -> int:
+    """The process that a child started here and now can be tied to; 0 where it cannot.
+
+    The kernel ties a child to the *thread* that started it, and only the main thread lives as long as its process.
+    """
+    return os.getpid() if threading.current_thread() is threading.main_thread() else 0
+
+
+def end_with(launcher: int) -> None:
+    """Have the kernel kill this process when its launcher ends, whatever either is doing then. Linux only."""
+    if launcher and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:
+            sys.exit("the launcher is gone")
