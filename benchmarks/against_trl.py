@@ -30,9 +30,10 @@ from rl_step.workload import ROOT
 TRL = ROOT / ".venvs" / "trl"
 TRL_NEEDS = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "datasets", "xxhash", "pydantic", "pyyaml")
 WARM_UP = 3
+DEFAULTS, NOTHING_LEFT_OUT = "megatron_fapo", "megatron_fapo, nothing left out"
 OURS = {
-    "megatron_fapo": [],
-    "megatron_fapo, nothing left out": ["batch.skip_zero_advantage=false"],
+    DEFAULTS: [],
+    NOTHING_LEFT_OUT: ["batch.skip_zero_advantage=false"],
     "megatron_fapo, rescoring always": ["policy.rescore=always", "batch.skip_zero_advantage=false"],
 }
 BARE, PEER = "bare loop (floor)", "TRL"
@@ -54,6 +55,9 @@ class Side:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )
+
+    def ready(self) -> None:
+        """Wait until the side can take steps."""
         self._answer()
 
     def steps(self, count: int) -> dict[str, list]:
@@ -63,9 +67,16 @@ class Side:
         return self._answer()
 
     def stop(self) -> None:
-        """End the process."""
+        """End the process; its log stays only where it ended badly."""
         self._process.stdin.close()
-        self._process.wait(60)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+        if self._process.returncode == 0:
+            Path(self._log.name).unlink()
 
     def _answer(self) -> dict[str, list]:
         for line in self._process.stdout:
@@ -79,6 +90,7 @@ def side(name: str, command: list[str], threads: int) -> Iterator[Side]:
     """A running side."""
     running = Side(name, command, threads)
     try:
+        running.ready()
         yield running
     finally:
         running.stop()
@@ -117,7 +129,10 @@ def measure(threads: int, turns: int, steps: int) -> dict[str, list[list[dict]]]
 
 
 def summarise(results: dict[str, list[list[dict]]]) -> dict:
-    """Medians by side, and ratios to TRL as medians over pairs of turns."""
+    """Medians by side, and ratios to TRL as medians over pairs of turns.
+
+    `ratio` is that of our defaults, which leave rows without advantage out of the update; their gradient is zero.
+    """
     seconds = {
         name: [statistics.median(step["seconds"] for step in turn) for turn in turns] for name, turns in results.items()
     }
@@ -132,9 +147,11 @@ def summarise(results: dict[str, list[list[dict]]]) -> dict:
             "ratio_low": min(pairs),
             "ratio_high": max(pairs),
         }
-    ours = [step for turn in results["megatron_fapo"] for step in turn]
+    ours = [step for turn in results[DEFAULTS] for step in turn]
     phases = {name: statistics.median(step["phases"][name] for step in ours) for name in ours[0]["phases"]}
-    return {"ratio": rows["megatron_fapo"]["ratio"], "phases": phases, "rows": rows}
+    phases["step"] = statistics.median(step["seconds"] for step in ours)
+    ratios = {"ratio": rows[DEFAULTS]["ratio"], "ratio_nothing_left_out": rows[NOTHING_LEFT_OUT]["ratio"]}
+    return {**ratios, "phases": phases, "rows": rows}
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from megatron_fapo.records import RunState
 from megatron_fapo.run.folder import RunFolder
 from megatron_fapo.train import train
 
-PHASES = ("publish", "generate", "update", "step")
+PHASES = ("publish", "generate", "update")
+"""Of the step as a whole the gate's own clock tells: the loop's would count the other sides' turns as well."""
 
 
 class GateSink:
