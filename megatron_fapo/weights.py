@@ -4,16 +4,25 @@ A bucket is a file in shared memory with tensors end to end; its table of conten
 checksum is made of one xxh3-128 digest a tensor, so each end computes it from the bytes that it holds.
 """
 
+import errno
 import mmap
 import os
+import stat
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import xxhash
 
+from megatron_fapo.errors import WeightsError
+
 ALIGNMENT = 64
 """Tensors start on multiples of this many bytes, so that views of any dtype are legal."""
+
+_PRIVATE = 0o600
+_BLOCK = 512
+"""Bytes in a unit of `st_blocks`, whatever the file system."""
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -38,15 +47,39 @@ def shared_memory_folder() -> Path:
 class Segment:
     """A file of fixed size mapped into memory, readable by this user only. Who creates it removes it."""
 
-    def __init__(self, path: Path | str, nbytes: int) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, descriptor: int, nbytes: int) -> None:
+        """Use `create` or `open`. Takes the descriptor of the file over."""
+        self.path = path
         self.nbytes = nbytes
-        descriptor = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
+        with os.fdopen(descriptor, "rb+") as file:
+            self._map = mmap.mmap(file.fileno(), nbytes)
+
+    @classmethod
+    def create(cls, path: Path | str, nbytes: int) -> "Segment":
+        """The end that writes: a file whose every byte is there, so that writing cannot fail.
+
+        An own file of this size is used as it is. Anything else under the name, a link or a file that others may
+        read, is replaced. Raises WeightsError when there is no room, or when what is there cannot be replaced.
+        """
+        path = Path(path)
+        descriptor = _open_own(path, nbytes)
+        if descriptor is None:
+            descriptor = _make(path, nbytes)
+        return cls(path, descriptor, nbytes)
+
+    @classmethod
+    def open(cls, path: Path | str, nbytes: int) -> "Segment":
+        """The end that reads: the first `nbytes` of a file that must be there. Raises WeightsError."""
+        path = Path(path)
         try:
-            os.ftruncate(descriptor, nbytes)
-            self._map = mmap.mmap(descriptor, nbytes)
-        finally:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise WeightsError(f"segment {path}: {error.strerror}") from None
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size < nbytes:
             os.close(descriptor)
+            raise WeightsError(f"segment {path}: has {status.st_size} bytes, {nbytes} are needed")
+        return cls(path, descriptor, nbytes)
 
     @property
     def memory(self) -> memoryview:
@@ -56,6 +89,47 @@ class Segment:
     def remove(self) -> None:
         """Unlink the file; mappings of other processes stay valid until they close them."""
         self.path.unlink(missing_ok=True)
+
+
+def _open_own(path: Path, nbytes: int) -> int | None:
+    """The file under this name, if it is just what `_make` would make."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    status = os.fstat(descriptor)
+    private = stat.S_ISREG(status.st_mode) and stat.S_IMODE(status.st_mode) == _PRIVATE and status.st_nlink == 1
+    whole = status.st_size == nbytes and status.st_blocks * _BLOCK >= nbytes
+    if private and whole and status.st_uid == os.geteuid():
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _make(path: Path, nbytes: int) -> int:
+    """A new file with all its blocks, in place of what has its name."""
+    try:
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, _PRIVATE)
+    except OSError as error:
+        raise WeightsError(f"segment {path}: cannot be made: {error.strerror}; remove what is there") from None
+    try:
+        if sys.platform == "darwin":
+            os.ftruncate(descriptor, nbytes)
+        else:
+            # Reserved now: a file that ftruncate made kills its writer (SIGBUS) once the memory is full.
+            os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+            raise WeightsError(f"segment {path}: {error.strerror}") from None
+        place = os.statvfs(path.parent)
+        raise WeightsError(
+            f"{path.parent} has {place.f_bavail * place.f_frsize} bytes free, each of two buckets needs {nbytes}: "
+            "lower publish.bucket_megabytes, or give a container more with --shm-size"
+        ) from None
+    return descriptor
 
 
 def aligned(offset: int) -> int:

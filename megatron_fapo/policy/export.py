@@ -151,7 +151,8 @@ class Export:
         if not pieces:
             return None
         writing = dist.get_rank() == 0
-        target = torch.frombuffer(Segment(path, nbytes).memory, dtype=torch.uint8) if writing else torch.empty(0)
+        memory = Segment.create(path, nbytes).memory if writing else bytearray(1)
+        target = torch.frombuffer(memory, dtype=torch.uint8)
         specs: list[TensorSpec] = []
         offset = 0
         for piece in pieces:

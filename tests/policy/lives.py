@@ -124,7 +124,7 @@ class Exported:
 def export(ranks: LocalRanks, nbytes: int = 20000) -> Exported:
     """All weights through shared memory, as a server would read them."""
     path = shared_memory_folder() / f"fapo-test-{os.getpid()}"
-    segment = Segment(path, nbytes)
+    segment = Segment.create(path, nbytes)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     digests: dict[str, str] = {}
     nbytes_of: list[int] = []

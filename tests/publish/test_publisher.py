@@ -25,7 +25,7 @@ class Source:
     async def next_bucket(self, segment: str, nbytes: int) -> Bucket | None:
         if not self.left:
             return None
-        memory = Segment(segment, nbytes).memory
+        memory = Segment.create(segment, nbytes).memory
         offset, specs = 0, []
         while self.left and offset + self.tensors[self.left[0]].nbytes <= nbytes:
             name = self.left.pop(0)
@@ -53,7 +53,7 @@ class Sink:
 
     async def load_bucket(self, bucket: Bucket) -> None:
         await asyncio.sleep(self.slow)
-        memory = Segment(bucket.segment, bucket.nbytes).memory
+        memory = Segment.open(bucket.segment, bucket.nbytes).memory
         for tensor in bucket.tensors:
             data = bytearray(memory[tensor.offset : tensor.offset + int(np.prod(tensor.shape)) * 4])
             data[0] ^= tensor.name == self.flip

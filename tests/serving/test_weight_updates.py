@@ -88,8 +88,8 @@ async def test_a_bucket_that_does_not_fit_is_refused_and_says_why(client, model_
         "dtype": (replace(good, tensors=(replace(spec, dtype="bfloat16"),)), "norm.weight.*bfloat16.*float32"),
         "beyond": (replace(good, tensors=(replace(spec, offset=4096),)), "norm.weight.*leave its bucket"),
         "elsewhere": (replace(good, segment=str(outside)), "must be a file named fapo-"),
-        "gone": (replace(good, segment=good.segment + "-gone"), "no such file"),
-        "short": (replace(good, nbytes=10**6), "bytes"),
+        "gone": (replace(good, segment=good.segment + "-gone"), "No such file"),
+        "short": (replace(good, nbytes=10**6), r"has \d+ bytes, 1000000 are needed"),
     }[what]
     await client.begin_update()
     with pytest.raises(RequestRejected, match=words):

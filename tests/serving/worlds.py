@@ -107,7 +107,7 @@ def write_bucket(name, tensors) -> tuple[Segment, Bucket]:
         data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
         specs.append((key, tensor, data, offset))
         offset = aligned(offset + len(data))
-    segment = Segment(shared_memory_folder() / f"fapo-{name}", max(offset, 1))
+    segment = Segment.create(shared_memory_folder() / f"fapo-{name}", max(offset, 1))
     table = []
     for key, tensor, data, start in specs:
         segment.memory[start : start + len(data)] = data

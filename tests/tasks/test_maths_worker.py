@@ -71,8 +71,11 @@ def test_a_comparison_has_so_much_processor_time():
         worker.stdin.flush()
         return worker.stdout.readline()
 
-    with worker:
+    try:
         assert worker.stdout.readline() == "ready\n"
         assert [ask(answer) for answer in ("3.0", "4", "3.0")] == ["equal\n", "different\n", "equal\n"]
         assert ask(HANGING) == ""
-    assert worker.returncode == -signal.SIGXCPU
+        assert worker.wait(10) == -signal.SIGXCPU
+    finally:
+        worker.kill()
+        worker.communicate()

@@ -260,6 +260,9 @@ def parse_bucket(body: Json) -> Bucket:
             )
             for t in given["tensors"]
         )
-        return Bucket(segment=str(given["segment"]), nbytes=int(given["nbytes"]), tensors=tensors)
+        bucket = Bucket(segment=str(given["segment"]), nbytes=int(given["nbytes"]), tensors=tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise RequestRejected(f"bucket: not a table of tensors: {error!r}") from None
+    if bucket.nbytes < 1 or "\0" in bucket.segment:
+        raise RequestRejected(f"bucket: {bucket.nbytes} bytes in segment {bucket.segment!r}")
+    return bucket

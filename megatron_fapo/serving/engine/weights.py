@@ -74,7 +74,7 @@ class Weights:
         """Copy a bucket's tensors into the model, verifying each.
 
         Raises RequestRejected, naming the tensor, when a name, shape or dtype is not the model's, and WeightsError
-        when its bytes are not those of its digest.
+        when the bucket's segment cannot be read or a tensor's bytes are not those of its digest.
         """
         memory = self._open(bucket).memory
         for spec in bucket.tensors:
@@ -155,15 +155,9 @@ class Weights:
     def _open(self, bucket: Bucket) -> Segment:
         """The mapped segment of a bucket. A path outside the shared-memory folder is refused."""
         path, folder = Path(bucket.segment), shared_memory_folder()
-        if path.parent != folder or not path.name.startswith("fapo-") or path.is_symlink():
+        if path.parent != folder or not path.name.startswith("fapo-"):
             raise RequestRejected(f"segment {bucket.segment!r}: must be a file named fapo-* in {folder}")
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise RequestRejected(f"segment {bucket.segment!r}: no such file") from None
-        if size < max(bucket.nbytes, 1):
-            raise RequestRejected(f"segment {bucket.segment!r}: has {size} bytes, the bucket says {bucket.nbytes}")
-        return Segment(path, size)
+        return Segment.open(path, bucket.nbytes)
 
 
 @contextmanager
