@@ -14,6 +14,8 @@ import hashlib
 import os
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -33,7 +35,7 @@ async def ray_session(settings: ClusterSettings, ranks: int, folder: Path) -> As
     """Connect to Ray, or start one for this run; both are undone at the end.
 
     Ray starts in a thread, so that servers can start meanwhile. At the end, however it comes, the logs of the ranks
-    are put into `folder`/logs. Install signal handlers inside of it: Ray sets one for SIGTERM, below Python's.
+    are put into `folder`/logs. Signal handlers stay as they were.
     """
     with ExitStack() as stack:
         options: dict[str, Any]
@@ -45,6 +47,7 @@ async def ray_session(settings: ClusterSettings, ranks: int, folder: Path) -> As
         starting = asyncio.ensure_future(asyncio.to_thread(_start, options))
         try:
             await asyncio.shield(starting)
+            _restore_sigterm()
             yield
         finally:
             await asyncio.wait([starting])
@@ -67,6 +70,13 @@ def _start(options: dict[str, Any]) -> None:
     import ray
 
     ray.init(**options, log_to_driver=False, logging_level="error")
+
+
+def _restore_sigterm() -> None:
+    """Ray has put a handler below the one that Python knows; put back Python's."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _stop() -> None:

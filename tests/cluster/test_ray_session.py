@@ -1,6 +1,8 @@
 """Ray for the length of a run: it starts beside other things, and leaves its ranks' logs and nothing else."""
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,18 @@ CLUSTER = ClusterSettings(setup_deadline=120)
 MARKED = ":job_id:01000000\n:actor_name:RankActor\n:actor_name:policy-rank-3\n"
 
 
-async def test_other_work_goes_on_while_ray_starts_and_a_failed_start_leaves_the_logs_of_ranks(tmp_path: Path) -> None:
+async def test_other_work_goes_on_while_ray_starts_and_a_failed_start_leaves_the_logs_of_ranks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     order = []
+    told = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
 
     async def start() -> None:
         async with ray_session(CLUSTER, 1, tmp_path):
             order.append("ray")
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(told.wait(), 5)
             await MegatronModel.start("policy", PolicySettings(model=tmp_path / "nowhere"), CLUSTER, 0)
 
     async def work() -> None:
@@ -29,6 +37,7 @@ async def test_other_work_goes_on_while_ray_starts_and_a_failed_start_leaves_the
     failure, _ = await asyncio.gather(start(), work(), return_exceptions=True)
     assert isinstance(failure, DataError)
     assert order == ["work", "ray"]
+    assert "SIGTERM" not in capfd.readouterr().err
     said = (tmp_path / "logs" / "policy-rank-0.err").read_text()
     assert "setup failed\nTraceback" in said
     assert "config.json is missing" in said
