@@ -1,6 +1,7 @@
 """The clock world: the oracle against brute force, the teacher's rates, the tokenizer on the ordinary road."""
 
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -15,6 +16,7 @@ from megatron_fapo.errors import ConfigError, TaskError
 from megatron_fapo.tasks import clock_tokenizer, clock_world
 from megatron_fapo.tasks.clock import ClockTask
 from megatron_fapo.tasks.clock_world import Problem
+from megatron_fapo.tasks.instruction import solve_prompt
 from megatron_fapo.tasks.settings import ClockSettings
 from megatron_fapo.tasks.tokenizer import ChatTokenizer
 
@@ -236,3 +238,15 @@ def test_a_world_that_the_tokenizer_cannot_spell_is_refused(tokenizer: ChatToken
 def test_settings_are_checked(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClockSettings.model_validate(values)
+
+
+def test_the_example_of_the_serving_page_is_the_prompt_of_a_question_that_the_task_asks(
+    tokenizer: ChatTokenizer,
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    body = json.loads(page.split("/generate -d '")[1].split("'\n")[0])
+    question = body["text"].removeprefix("<|user|>").split("\n\n")[0]
+    assert len(clock_world.parse(question).operations) in ClockSettings().chain
+    assert body["text"] == tokenizer.render(solve_prompt(question))
+    unknown = tokenizer.encode(clock_tokenizer.UNKNOWN)[0]
+    assert unknown not in tokenizer.encode(body["text"])
