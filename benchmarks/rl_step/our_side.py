@@ -51,8 +51,7 @@ async def main(threads: int, overrides: list[str]) -> None:
         gate = GateSink(Gate())
         with open_sinks(config.observe, folder.path, config=config.model_dump(mode="json"), extra=[gate]) as sinks:
             watcher = Watcher(landed=sinks.progress, judged=sinks.judged)
-            async with open_cluster(config, folder, watcher) as cluster:
-                cluster.stop = gate.stop
+            async with open_cluster(config, folder, watcher, gate.stop) as cluster:
                 if gate.gate.before_step():
                     await train(config, cluster, RunState(step=0, cursor=0), sinks)
 

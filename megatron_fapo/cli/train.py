@@ -79,9 +79,10 @@ async def run_training(config: Config, folder: RunFolder, *, resume: bool) -> Ru
     dumped = config.model_dump(mode="json")
     with open_sinks(config.observe, folder.path, config=dumped, resume_step=state.step) as sinks:
         watcher = Watcher(landed=sinks.progress, judged=sinks.judged)
-        async with open_cluster(config, folder, watcher) as cluster:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().add_signal_handler(number, cluster.stop.set)
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        async with open_cluster(config, folder, watcher, stop) as cluster:
             if newest:
                 await cluster.policy.load(newest[0])
             state = await train(config, cluster, state, sinks)

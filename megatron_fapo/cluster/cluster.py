@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from megatron_fapo.cluster.ranks import MegatronModel
@@ -41,7 +41,7 @@ class Cluster:
     transport: WeightTransport
     folder: RunFolder
     keep_checkpoints: int
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    stop: asyncio.Event
     """Set when the run is asked to end (SIGTERM, Ctrl-C)."""
 
     @property
@@ -78,7 +78,9 @@ class Cluster:
 
 
 @asynccontextmanager
-async def open_cluster(config: Config, folder: RunFolder, watcher: Watcher) -> AsyncIterator[Cluster]:
+async def open_cluster(
+    config: Config, folder: RunFolder, watcher: Watcher, stop: asyncio.Event
+) -> AsyncIterator[Cluster]:
     """Start ranks and servers side by side; at the end, whatever happened, stop all of them."""
     async with AsyncExitStack() as stack:
         servers_starting = asyncio.ensure_future(stack.enter_async_context(open_servers(config, folder.logs)))
@@ -104,4 +106,5 @@ async def open_cluster(config: Config, folder: RunFolder, watcher: Watcher) -> A
             transport=transport,
             folder=folder,
             keep_checkpoints=config.checkpoint.keep,
+            stop=stop,
         )

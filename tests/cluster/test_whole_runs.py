@@ -151,6 +151,18 @@ def test_a_stopped_run_saves_a_checkpoint_and_ends_cleanly(whole, tmp_path, numb
 
 
 @pytest.mark.long
+def test_a_run_stopped_while_it_starts_ends_cleanly(tmp_path):
+    run = tmp_path / "early"
+    process = start(run)
+    while not (run / "logs" / "policy-0.log").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    assert not lines(run)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("victim", "message"), [("ray::RankActor", "rank 0"), ("policy-0.log", "server ended"), ("judge-0.log", "verdicts")]
 )

@@ -180,7 +180,7 @@ CONTRAST = """selector => {
 """Contrast ratio of each element's text to what lies behind it (WCAG 2.1, 1.4.3)."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium(require_tool):
     from playwright.sync_api import sync_playwright
 
