@@ -36,7 +36,7 @@ def floats(values: npt.ArrayLike) -> Floats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a chat.  Example: `Message(role="user", content="? 17 + 8 - 9 =")`."""
+    """One turn of a chat.  Example: `Message(role="user", content="What is 1 + 1?")`."""
 
     role: Literal["system", "user", "assistant"]
     content: str

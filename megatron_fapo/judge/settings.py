@@ -23,7 +23,7 @@ class JudgeSettings(Settings):
     concurrency: Annotated[int, Field(gt=0)] = 1024
     """Solutions in flight at the judge's servers."""
     deadline: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds from asking for a verdict to having it, all attempts together."""
+    """Seconds from the moment a solution has a place among the `concurrency` to its verdict, all attempts together."""
     retries: Annotated[int, Field(ge=0)] = 2
     """Further attempts after a server error, or after an unusable verdict when sampling (with another seed)."""
     skip: bool = True

@@ -18,7 +18,7 @@ GroupRows = list[RolloutRow]
 
 
 def browser(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """For each run that kept rollouts its first, middle and last step, as script.js shows them. Raises DataError."""
+    """For each run that kept rollouts its first, middle and last step, as browser.js shows them. Raises DataError."""
     return [
         {"label": label, "arm": run.info.arm, "steps": [_step(run, step) for step in chosen_steps(list(run.rollouts))]}
         for label, run in zip(labels(runs), runs, strict=True)

@@ -1,7 +1,7 @@
 """One self-contained HTML page that compares runs.
 
 The page asks for nothing outside itself, and its Content-Security-Policy would refuse it. Text of models enters in
-two ways only: escaped (`page.text`), or inside JSON (`page.data_script`) that script.js shows as text nodes.
+two ways only: escaped (`page.text`), or inside JSON (`page.data_script`) that browser.js shows as text nodes.
 """
 
 import base64

@@ -42,7 +42,7 @@ PANELS = (
 
 
 def curves(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """The charts that have data, as script.js draws them."""
+    """The charts that have data, as charts.js draws them."""
     drawn = [_panel(panel, arms) for panel in PANELS]
     return [panel for panel in drawn if panel["arms"]]
 

@@ -17,7 +17,7 @@ def element(tag: str, *content: str, **attributes: object) -> str:
 
 
 def data_script(name: str, value: Any) -> str:
-    """`value` as JSON in a script element that no browser executes; script.js reads it by its id."""
+    """`value` as JSON in a script element that no browser executes; the page's script reads it by its id."""
     encoded = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         encoded = encoded.replace(character, f"\\u{ord(character):04x}")
