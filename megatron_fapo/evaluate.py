@@ -2,32 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from megatron_fapo.records import Group, Judged, NotJudged, Prompt, Verdict
+from megatron_fapo.records import Evaluation, Group, Judged, NotJudged, Prompt, Verdict
 from megatron_fapo.rollout.sampler import Sampler
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """Shares are fractions of 1.  A rollout is sound when its answer is right and its process clean."""
-
-    prompts: int
-    samples: int
-    right_share: float
-    """avg@k: mean over prompts and samples."""
-    pass_at: dict[int, float]
-    """{k: share of prompts with at least one right among k samples}, unbiased (arXiv:2107.03374, Eq. 1)."""
-    sound_share_judge: float | None
-    """Right and clean by the judge, of all samples that have a verdict or are wrong; None without a judge."""
-    verified_pass_at_judge: dict[int, float] | None
-    """pass@k over sound rollouts, by the judge (CoT-Pass@K, arXiv:2506.14245)."""
-    unjudged_share: float | None
-    """Right rollouts whose verdict failed, of the right ones; they count as not sound above."""
-    sound_share_oracle: float | None
-    """The same by the task's own oracle; None where it has none."""
-    verified_pass_at_oracle: dict[int, float] | None
-    """The same by the task's own oracle."""
 
 
 async def evaluate(sampler: Sampler, prompts: Sequence[Prompt], step: int = 0) -> Evaluation:

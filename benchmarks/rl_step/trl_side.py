@@ -29,6 +29,42 @@ class Gated(TrainerCallback):
             self.tokens = 0
 
 
+def trainer_settings(out: str, steps: int) -> GRPOConfig:
+    """Our workload in TRL's words; everything else is its default."""
+    return GRPOConfig(
+        output_dir=out,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=PROMPTS * GROUP // UPDATES,
+        gradient_accumulation_steps=1,
+        steps_per_generation=UPDATES,
+        num_generations=GROUP,
+        max_completion_length=NEW_TOKENS,
+        temperature=1.0,
+        top_k=0,
+        beta=0.0,
+        loss_type="bnpo",
+        epsilon=CLIP[0],
+        epsilon_high=CLIP[1],
+        scale_rewards="group",
+        learning_rate=LEARNING_RATE,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        max_steps=steps * UPDATES,
+        shuffle_dataset=False,
+        report_to="none",
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=SEED,
+    )
+
+
 def main(threads: int) -> None:
     """Train until the input ends."""
     torch.set_num_threads(threads)
@@ -50,43 +86,11 @@ def main(threads: int) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
     with tempfile.TemporaryDirectory() as out:
-        config = GRPOConfig(
-            output_dir=out,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            per_device_train_batch_size=PROMPTS * GROUP // UPDATES,
-            gradient_accumulation_steps=1,
-            steps_per_generation=UPDATES,
-            num_generations=GROUP,
-            max_completion_length=NEW_TOKENS,
-            temperature=1.0,
-            top_k=0,
-            beta=0.0,
-            loss_type="bnpo",
-            epsilon=CLIP[0],
-            epsilon_high=CLIP[1],
-            scale_rewards="group",
-            learning_rate=LEARNING_RATE,
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            lr_scheduler_type="constant",
-            warmup_steps=0,
-            max_steps=steps * UPDATES,
-            shuffle_dataset=False,
-            report_to="none",
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
-            seed=SEED,
-        )
         model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
         GRPOTrainer(
             model=model,
             reward_funcs=reward,
-            args=config,
+            args=trainer_settings(out, steps),
             train_dataset=rows,
             processing_class=tokenizer,
             callbacks=[gated],

@@ -20,7 +20,7 @@ from megatron_fapo.weights import shared_memory_folder
 
 EXAMPLE = "Example: fapo doctor --port 30000"
 GIGABYTE = 2**30
-ENOUGH_MEMORY = 3 * GIGABYTE
+ENOUGH_MEMORY = 2 * GIGABYTE
 ENOUGH_SHARED_MEMORY = 0.5 * GIGABYTE
 ENOUGH_FILES = 1024
 
@@ -95,7 +95,7 @@ def _memory() -> Finding:
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
     short = free < ENOUGH_MEMORY
-    advice = "the clock example needs about 3 GB: end other programs" if short else ""
+    advice = "the clock example needs about 1.5 GB: end other programs" if short else ""
     return Finding(
         what="memory", state="warning" if short else "ok", found=f"{free / GIGABYTE:.1f} GB free", advice=advice
     )

@@ -14,7 +14,7 @@ from megatron_fapo.cli.arguments import ConfigPath, Overrides
 from megatron_fapo.config import Config, read_config
 
 if TYPE_CHECKING:
-    from megatron_fapo.evaluate import Evaluation
+    from megatron_fapo.records import Evaluation
 
 EXAMPLE = "Example: fapo eval configs/clock/fapo.yaml --model runs/fapo-s1/model evaluation.samples=16"
 

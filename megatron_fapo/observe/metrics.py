@@ -6,13 +6,12 @@ A metric that a step does not define (the share of flawed among no right answers
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from megatron_fapo.observe.glossary import glossary as glossary
 from megatron_fapo.observe.glossary import metric
-from megatron_fapo.records import Floats, Group, Judged, NotJudged, StepReport, Verdict, WeightVersion
+from megatron_fapo.records import Evaluation, Floats, Group, Judged, NotJudged, StepReport, Verdict, WeightVersion
 from megatron_fapo.trace import Span, Spans
 
 log = logging.getLogger(__name__)
@@ -21,27 +20,6 @@ Metrics = dict[str, float]
 
 PHASES = ("publish", "evaluate", "generate", "update")
 """Stretches of a step that follow each other, in their order."""
-
-
-class EvaluationResult(Protocol):
-    """What held-out evaluation found; `evaluate.Evaluation` is one. None stands for "there is no such judge"."""
-
-    @property
-    def prompts(self) -> int: ...
-    @property
-    def right_share(self) -> float: ...
-    @property
-    def pass_at(self) -> Mapping[int, float]: ...
-    @property
-    def sound_share_judge(self) -> float | None: ...
-    @property
-    def verified_pass_at_judge(self) -> Mapping[int, float] | None: ...
-    @property
-    def unjudged_share(self) -> float | None: ...
-    @property
-    def sound_share_oracle(self) -> float | None: ...
-    @property
-    def verified_pass_at_oracle(self) -> Mapping[int, float] | None: ...
 
 
 def step_metrics(
@@ -73,7 +51,7 @@ def step_metrics(
     )
 
 
-def evaluation_metrics(evaluation: EvaluationResult) -> Metrics:
+def evaluation_metrics(evaluation: Evaluation) -> Metrics:
     """The metrics of a held-out evaluation."""
     single = {
         "eval/prompts": float(evaluation.prompts),

@@ -10,13 +10,13 @@ from typing import Any
 from megatron_fapo.observe.console import ConsoleSink, open_console
 from megatron_fapo.observe.interface import Sink, StepRecord
 from megatron_fapo.observe.jsonl import JsonlSink
-from megatron_fapo.observe.metrics import EvaluationResult, Metrics, evaluation_metrics, step_metrics
+from megatron_fapo.observe.metrics import Metrics, evaluation_metrics, step_metrics
 from megatron_fapo.observe.rollouts import RolloutsSink
 from megatron_fapo.observe.run_info import RunInfo, open_run_info
 from megatron_fapo.observe.settings import ObserveSettings
 from megatron_fapo.observe.tensorboard import TensorBoardSink
 from megatron_fapo.observe.wandb import WandbSink
-from megatron_fapo.records import Floats, Group, StepReport, WeightVersion
+from megatron_fapo.records import Evaluation, Floats, Group, StepReport, WeightVersion
 from megatron_fapo.trace import Clock, Span, Spans, SystemClock
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Sinks:
             )
         )
 
-    def write_evaluation(self, step: int, evaluation: EvaluationResult) -> None:
+    def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Record a held-out evaluation of the weights after `step` steps; it goes into that step's line."""
         self._evaluation = (step, evaluation_metrics(evaluation))
         self._console.evaluation(self._evaluation[1])

@@ -204,12 +204,13 @@ def test_two_runs_of_the_same_steps_agree_but_for_the_clock(tmp_path):
 def test_an_evaluation_stands_in_its_step_and_the_last_one_alone(tmp_path):
     from megatron_fapo.evaluate import summarise as summarise_evaluation
 
-    config = config_of("fapo")
+    config = config_of("fapo", 1, "observe.report=true")
     evaluation = summarise_evaluation(make_groups("fapo", 0, 0.5, Random(1)))
     with open_sinks(config.observe, tmp_path, config=config.model_dump(mode="json")) as sinks:
         sinks.write_evaluation(7, evaluation)
     assert [step for step, _ in read_metrics(tmp_path / "metrics.jsonl")] == [7]
     assert read_metrics(tmp_path / "metrics.jsonl")[0][1]["eval/right_share"] == evaluation.right_share
+    assert not (tmp_path / "report.html").exists(), "a run without a step has nothing to report"
 
 
 def test_a_failed_run_closes_its_files_and_raises_its_own_error(tmp_path):
