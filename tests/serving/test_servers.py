@@ -1,12 +1,14 @@
 """Processes, keys, aborts, and servers that die or misbehave."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -282,12 +284,14 @@ async def test_when_no_server_is_left_the_error_quotes_the_log(models, tmp_path,
 
 
 def children():
-    """Process ids of our own running children."""
-    listed = subprocess.run(
-        ["ps", "-o", "pid=,stat=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=False
-    )
-    rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
-    return {int(pid) for pid, state, args in rows if "engine.main" in args and "Z" not in state}
+    """Process ids of our own running servers."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid() and state != "Z" and b"engine.main" in (process / "cmdline").read_bytes():
+                found.add(int(process.name))
+    return found
 
 
 async def test_a_server_that_cannot_start_says_why(tmp_path):
