@@ -15,8 +15,24 @@ class Layout:
     """Context parallel: ranks that share each sequence."""
     dp: int = 1
     """Data parallel: copies that consume different sequences."""
+    sp: bool = False
+    """Sequence parallel: tensor-parallel ranks share positions between the matrices."""
+    vpp: int = 1
+    """Virtual pipeline: groups of layers on each pipeline rank."""
 
     @property
     def world(self) -> int:
         """Number of ranks."""
         return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def length_multiple(self) -> int:
+        """Rows are padded to a multiple of this: two chunks a context-parallel rank, each cut among the
+        sequence-parallel ranks."""
+        return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """A rank's number of microbatches is a multiple of this: the interleaved schedule works in rounds of as many
+        as there are stages."""
+        return self.pp if self.vpp > 1 else 1

@@ -120,6 +120,7 @@ def _minibatch(sequences: Sequence[_Sequence], layout: Layout, settings: BatchSe
     working = _working(sequences) if settings.skip_zero_advantage else list(sequences)
     columns = [_cut(column, settings.tokens_per_microbatch) for column in _deal(working, layout.dp)]
     rows = max(len(column) for column in columns)
+    rows += -rows % layout.microbatch_multiple
     columns = [_lengthen(column, rows) for column in columns]
     filler = min(sequences, key=len)
     return MiniBatch(

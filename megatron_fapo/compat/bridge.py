@@ -73,8 +73,21 @@ FAMILIES: Mapping[str, type[_OwnLayers]] = {"qwen2": Qwen2, "qwen3": Qwen3, "lla
 """By `model_type` of the Hugging Face config."""
 
 
+EXPERTS: Mapping[str, Any] = {
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_router_dtype": "fp32",
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_grouped_gemm": False,
+}
+"""A mixture of experts in RL: no auxiliary loss beside the policy's, no token dropped, so that padding disturbs none.
+Without experts these fields are not read."""
+
+
 def make_bridge(hf_config: Any, device: Device, dtype: torch.dtype, tensor_parallel: int, **flags: Any) -> Any:
     """An mbridge bridge for a Hugging Face config; `flags` are TransformerConfig fields that override mbridge's.
+
+    Sizes of the parallel axes are those of `parallel_state` at this moment.
 
     The vocabulary is padded to a multiple of `tensor_parallel`. Raises ConfigError naming the first key of the
     config that has no counterpart here.
@@ -85,8 +98,7 @@ def make_bridge(hf_config: Any, device: Device, dtype: torch.dtype, tensor_paral
         hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
     bridge: Any = FAMILIES[hf_config.model_type](hf_config, device, dtype, tensor_parallel)
     bridge.set_extra_args(
-        **{**device.transformer_flags, "sequence_parallel": False, "attention_dropout": 0.0, "hidden_dropout": 0.0},
-        **flags,
+        **{**device.transformer_flags, **EXPERTS, "attention_dropout": 0.0, "hidden_dropout": 0.0, **flags}
     )
     return bridge
 

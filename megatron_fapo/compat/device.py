@@ -7,13 +7,9 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from megatron_fapo.compat import megatron_cpu  # before torch: it switches torch.compile off
+from megatron_fapo.compat import megatron_cpu, upstream  # before torch: it switches torch.compile off
 
 import torch  # isort: skip
-
-
-def _nothing() -> None:
-    """CUDA needs no patches."""
 
 
 def _the_only_one(rank: int) -> None:
@@ -78,7 +74,7 @@ CUDA_PLAIN = Device(
     transformer_flags=NO_FUSIONS,
     fused_adam=True,
     claim=_claim_gpu,
-    install=_nothing,
+    install=upstream.install,
     active=nullcontext,
 )
 """CUDA without Transformer Engine."""
@@ -90,7 +86,7 @@ CUDA = Device(
     transformer_flags={},
     fused_adam=False,
     claim=_claim_gpu,
-    install=_nothing,
+    install=upstream.install,
     active=nullcontext,
 )
 

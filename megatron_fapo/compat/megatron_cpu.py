@@ -12,23 +12,28 @@ fails once upstream no longer needs the patch.
 | P3 | device="cuda" in torch calls means the CPU; `.cuda()` is the identity; `.type()` says torch.cuda.* | everything |
 | P4 | the named random streams live in the CPU generator | `model_parallel_cuda_manual_seed` |
 | P5 | torch.compile off (`TORCHDYNAMO_DISABLE`) | nothing: it saves 40 MB and start-up time a rank |
+| P6 | `pin_memory=True` is dropped | context parallel's rope |
+| P7 | streams that are always idle | dispatcher of tokens to experts |
+| P9 | sizes of all-to-all splits become numpy arrays for CPU tensors too | dispatcher with expert parallelism |
 | P10 | `step` of torch's Adam: created before a checkpoint is loaded, one per parameter | DistributedOptimizer |
 | P11 | checkpoint files are written by this process, not by a forked child | saving checkpoints |
 
-P6 to P9 (pinned memory, streams, mixture of experts) belong to layouts that are not built yet.
+P8 and P12 are in `compat.upstream`: they mend what every device meets.
 """
 
 import os
 import queue
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # P5: read when torch is imported
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_fapo.compat import upstream
 
 # Megatron and mbridge say at import that Transformer Engine and Apex are missing; here that is as it should be
 for _message in (".*Apex.*", ".*ShardedTensor.*", ".*torch.distributed is disabled.*"):
@@ -41,7 +46,7 @@ CPU = torch.device("cpu")
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """P3: while active, a request for a CUDA tensor through the torch API gets a CPU tensor."""
+    """P3 and P6: while active, a request for a CUDA or pinned tensor through the torch API gets a CPU tensor."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -57,6 +62,8 @@ class CudaMeansCpu(TorchFunctionMode):
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": CPU}
+        if kwargs.get("pin_memory"):  # P6
+            kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
 
 
@@ -80,6 +87,7 @@ def install(leave_out: Collection[str] = ()) -> None:
     for name, patch in PATCHES.items():
         if name not in leave_out:
             patch()
+    upstream.install(leave_out)
     _installed = True
 
 
@@ -96,6 +104,40 @@ def _current_device() -> None:
 def _synchronize() -> None:
     """P2: CPU work is done when the call returns."""
     torch.cuda.synchronize = lambda device=None: None
+
+
+class IdleStream:
+    """A CUDA stream, and an event of one, whose work is always done: CPU work ends before its call returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, other: Any) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event: Any = None) -> "IdleStream":
+        """The stream is its own event."""
+        return self
+
+
+def _idle_streams() -> None:
+    """P7: one stream that is always idle, for everybody."""
+    idle = IdleStream()
+    torch.cuda.Stream = lambda *args, **kwargs: idle  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: idle  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
+
+
+def _split_sizes() -> None:
+    """P9: upstream turns split sizes into numpy only on their way from a GPU; all-to-all wants them so anywhere."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
 
 def _cpu_random_streams() -> None:
@@ -196,6 +238,8 @@ PATCHES: Mapping[str, Callable[[], None]] = {
     "P1": _current_device,
     "P2": _synchronize,
     "P4": _cpu_random_streams,
+    "P7": _idle_streams,
+    "P9": _split_sizes,
     "P10": _separate_adam_steps,
     "P11": _write_without_forking,
 }

@@ -54,7 +54,8 @@ def load(model: Model, folder: Path, layout: Layout, device: Device) -> int:
         found = dist_checkpointing.load(_state(model, loading=True, randomness=same), str(folder))
     except (CheckpointingException, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ResumeError(f"{folder}: cannot be loaded: {error}", rank=dist.get_rank()) from error
-    model.module.load_state_dict(found["model"])
+    for key, chunk in _chunks(model).items():
+        chunk.load_state_dict(found[key])
     flags = [
         {key: group[key] for key in ("fused", "foreach") if key in group} for group in model.optimizer.param_groups
     ]
@@ -101,12 +102,19 @@ def _sum(file: Path) -> str:
 
 def _state(model: Model, loading: bool, randomness: bool) -> dict[str, Any]:
     """The sharded state that Megatron writes, or fills when `loading`."""
-    state: dict[str, Any] = {"model": model.module.sharded_state_dict()}
-    state["optimizer"] = model.optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=SHARDING)
+    state: dict[str, Any] = {key: chunk.sharded_state_dict() for key, chunk in _chunks(model).items()}
+    state["optimizer"] = model.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=SHARDING)
     if randomness:
         own = {"torch": torch.get_rng_state(), "streams": get_cuda_rng_tracker().get_states()}
         state["random"] = ShardedObject("random", own, (dist.get_world_size(),), (dist.get_rank(),))
     return state
+
+
+def _chunks(model: Model) -> dict[str, Any]:
+    """The groups of layers under the keys that Megatron looks for."""
+    if len(model.chunks) == 1:
+        return {"model": model.chunks[0]}
+    return {f"model{place}": chunk for place, chunk in enumerate(model.chunks)}
 
 
 def _axes(layout: Layout) -> dict[str, int]:

@@ -30,8 +30,10 @@ class Piece:
     """One Megatron parameter on its pipeline stage."""
 
     stage: int
+    chunk: int
+    """Which of that stage's groups of layers holds it."""
     local_name: str
-    """Its name in that stage's module."""
+    """Its name in that group's module."""
     name: str
     """Its name with the layer counted over all stages."""
     sharded: bool
@@ -51,8 +53,10 @@ def plan(model: Model) -> tuple[Piece, ...]:
 
     Tied output weights, which the last stage holds as a copy of the embedding, are exported once.
     """
-    names = model.bridge._weight_name_mapping_mcore_local_to_global(model.module)
-    mine = [_piece(model, local, names[local], param) for local, param in model.module.named_parameters()]
+    mine = []
+    for place, chunk in enumerate(model.chunks):
+        names = model.bridge._weight_name_mapping_mcore_local_to_global(chunk)
+        mine += [_piece(model, place, local, names[local], param) for local, param in chunk.named_parameters()]
     stages: list[list[Piece]] = [[] for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
     if len(stages) > 1:
         dist.all_gather_object(stages, mine, group=parallel_state.get_pipeline_model_parallel_group())
@@ -73,7 +77,7 @@ def check_names(model: Model) -> None:
         raise DataError(f"{len(extra)} tensors of the folder have no place in the model, the first is {extra[0]}")
 
 
-def _piece(model: Model, local_name: str, name: str, param: torch.Tensor) -> Piece:
+def _piece(model: Model, chunk: int, local_name: str, name: str, param: torch.Tensor) -> Piece:
     sharded = bool(getattr(param, "tensor_model_parallel", False))
     shard = torch.empty(param.shape, dtype=param.dtype, device="meta")
     shard.partition_dim = getattr(param, "partition_dim", -1)  # type: ignore[attr-defined]
@@ -82,6 +86,7 @@ def _piece(model: Model, local_name: str, name: str, param: torch.Tensor) -> Pie
     tensors = _to_hugging_face(model, name, shards, shard) if sharded else _convert(model, name, shard)
     return Piece(
         stage=parallel_state.get_pipeline_model_parallel_rank(),
+        chunk=chunk,
         local_name=local_name,
         name=name,
         sharded=sharded,
@@ -106,7 +111,7 @@ def fetch(model: Model, piece: Piece) -> Tensors:
     tensors: Tensors = []
     here = parallel_state.get_pipeline_model_parallel_rank() == piece.stage
     if here:
-        param = dict(model.module.named_parameters())[piece.local_name]
+        param = dict(model.chunks[piece.chunk].named_parameters())[piece.local_name]
         ranks = parallel_state.get_tensor_model_parallel_world_size()
         if piece.sharded and ranks > 1:
             shards = [torch.empty_like(param) for _ in range(ranks)]

@@ -9,12 +9,19 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from megatron_fapo.batch.layout import Layout
 from megatron_fapo.records import Floats, MicroBatch
+
+ALONE = Layout()
+Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """A microbatch as tensors: one row a sequence, padded at the end to the longest."""
+    """A microbatch as tensors: one row a sequence, padded at the end to the longest.
+
+    Under context parallelism this rank's two chunks of each row, and the chosen tokens whose inputs lie in them.
+    """
 
     tokens: torch.Tensor
     """[b, s] inputs: every token but the last of each sequence."""
@@ -28,22 +35,35 @@ class Padded:
     """[N]"""
     behaviour: torch.Tensor
     """[N] log-probs under the behaviour policy."""
-    places: np.ndarray[Any, np.dtype[np.int64]]
+    places: Indices
     """[N] where those next tokens stand in the packed microbatch."""
     temperature: float
     real_tokens: int
-    """Tokens before padding."""
+    """Tokens before padding; counted by the first of the context-parallel ranks."""
 
 
-def pad(batch: MicroBatch, device: torch.device, every_token: bool = False) -> Padded:
-    """Lay a packed microbatch out in rows.
+def columns_of(width: int, ranks: int, rank: int) -> Indices:
+    """Columns of a row of `width` that a context-parallel rank holds: chunks `rank` and `2 ranks - 1 - rank` of
+    2 ranks equal ones, so that causal attention costs all ranks the same. `width` is a multiple of 2 ranks."""
+    column = np.arange(width)
+    if ranks == 1:
+        return column
+    chunks = column.reshape(2 * ranks, -1)
+    return chunks[[rank, 2 * ranks - 1 - rank]].reshape(-1)
+
+
+def pad(
+    batch: MicroBatch, device: torch.device, every_token: bool = False, layout: Layout = ALONE, rank: int = 0
+) -> Padded:
+    """Lay a packed microbatch out in rows, and take the part of context-parallel `rank`.
 
     `every_token` chooses all tokens that have a predecessor, instead of those with loss mask 1.
     """
     lengths = np.diff(batch.bounds)
     width = max(int(lengths.max()) - 1, 1)
+    width += -width % layout.length_multiple
     starts = batch.bounds[:-1].astype(np.int64)
-    column = np.arange(width)
+    column = columns_of(width, layout.cp, rank)
     index = np.minimum(starts[:, None] + column, len(batch.token_ids) - 1)
     inside = column < (lengths - 1)[:, None]
     tokens = np.where(column < lengths[:, None], batch.token_ids[index], 0)
@@ -63,7 +83,7 @@ def pad(batch: MicroBatch, device: torch.device, every_token: bool = False) -> P
         behaviour=tensor(batch.logprobs[places], torch.float32),
         places=places,
         temperature=batch.temperature,
-        real_tokens=len(batch.token_ids),
+        real_tokens=len(batch.token_ids) if rank == 0 else 0,
     )
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -34,9 +35,9 @@ class Model:
 
     bridge: Any
     """mbridge's knowledge of names and shapes."""
-    module: Any
-    """The bare GPTModel of this pipeline stage."""
-    parallel: Any
+    chunks: tuple[Any, ...]
+    """The bare GPTModels of this pipeline stage: one, or several under virtual pipeline parallelism."""
+    parallel: tuple[Any, ...]
     """The same behind Megatron's data parallelism: what schedules and optimizer get."""
     optimizer: Any
     config: Any
@@ -61,10 +62,25 @@ def connect(rank: int, address: str, port: int, settings: PolicySettings, device
         timeout=timedelta(seconds=settings.timeout),
     )
     with device.active():
-        parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+            create_gloo_process_groups=False,
+        )
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
-    return Layout(tp=parallel.tensor, pp=parallel.pipeline, dp=parallel.data)
+    return Layout(
+        tp=parallel.tensor,
+        sp=parallel.sequence,
+        pp=parallel.pipeline,
+        vpp=parallel.virtual_pipeline,
+        cp=parallel.context,
+        dp=parallel.data,
+    )
 
 
 def build(settings: PolicySettings, device: Device) -> Model:
@@ -82,31 +98,31 @@ def build(settings: PolicySettings, device: Device) -> Model:
         device,
         dtype,
         settings.parallel.tensor,
+        sequence_parallel=settings.parallel.sequence,
         variable_seq_lengths=True,
         batch_p2p_comm=False,
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=False,  # with gloo a freed output can still be on its way
         calculate_per_token_loss=True,  # gradients are summed: the loss carries its own 1 / tokens
     )
-    module = bridge._model_provider([])(
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
-    )
-    module.model_type = ModelType.encoder_or_decoder
-    for param in module.parameters():
-        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+    chunks = tuple(_chunk(bridge, stage) for stage in _virtual_stages(settings))
     try:
-        bridge.load_weights([module], str(settings.model))
+        bridge.load_weights(list(chunks), str(settings.model))
     except (KeyError, ValueError, OSError, SafetensorError) as error:
         raise DataError(
             f"{settings.model}: the weights do not fit its config: {error}", rank=dist.get_rank()
         ) from error
-    module.to(device.torch_device())
-    parallel = _data_parallel(module, bridge.config, settings)
+    for chunk in chunks:
+        chunk.to(device.torch_device())
+    parallel = tuple(
+        _data_parallel(chunk, bridge.config, settings, first=place == 0) for place, chunk in enumerate(chunks)
+    )
     optimizer = _optimizer(parallel, settings, device)
     bridge.config.finalize_model_grads_func = _finalize
     bridge.config.grad_scale_func = optimizer.scale_loss
-    log.info("rank %d holds %d parameters", dist.get_rank(), sum(p.numel() for p in module.parameters()))
-    return Model(bridge=bridge, module=module, parallel=parallel, optimizer=optimizer, config=bridge.config)
+    held = sum(param.numel() for chunk in chunks for param in chunk.parameters())
+    log.info("rank %d holds %d parameters", dist.get_rank(), held)
+    return Model(bridge=bridge, chunks=chunks, parallel=parallel, optimizer=optimizer, config=bridge.config)
 
 
 def check_layout(hf_config: Any, settings: PolicySettings) -> None:
@@ -120,7 +136,26 @@ def check_layout(hf_config: Any, settings: PolicySettings) -> None:
         raise ConfigError(f"policy.parallel.pipeline={pipeline} does not divide num_hidden_layers={layers}")
 
 
-def _data_parallel(module: Any, config: Any, settings: PolicySettings) -> Any:
+def _virtual_stages(settings: PolicySettings) -> Sequence[int | None]:
+    count = settings.parallel.virtual_pipeline
+    return range(count) if count > 1 else [None]
+
+
+def _chunk(bridge: Any, virtual_stage: int | None) -> Any:
+    """The GPTModel of one group of layers of this rank."""
+    ends = {"ignore_virtual": False, "vp_stage": virtual_stage}
+    chunk = bridge._model_provider([])(
+        pre_process=parallel_state.is_pipeline_first_stage(**ends),
+        post_process=parallel_state.is_pipeline_last_stage(**ends),
+        vp_stage=virtual_stage,
+    )
+    chunk.model_type = ModelType.encoder_or_decoder
+    for param in chunk.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+    return chunk
+
+
+def _data_parallel(module: Any, config: Any, settings: PolicySettings, first: bool) -> Any:
     inner = Float16Module(config, module) if settings.dtype == "bfloat16" else module
     return DistributedDataParallel(
         config,
@@ -131,10 +166,11 @@ def _data_parallel(module: Any, config: Any, settings: PolicySettings) -> Any:
             check_for_nan_in_grad=False,  # the gradient norm is checked, and its error names the step
         ),
         inner,
+        disable_bucketing=not first,
     )
 
 
-def _optimizer(parallel: Any, settings: PolicySettings, device: Device) -> Any:
+def _optimizer(parallel: Sequence[Any], settings: PolicySettings, device: Device) -> Any:
     chosen = settings.optimizer
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -150,7 +186,7 @@ def _optimizer(parallel: Any, settings: PolicySettings, device: Device) -> Any:
             bf16=settings.dtype == "bfloat16",
             params_dtype=getattr(torch, settings.dtype),
         ),
-        [parallel],
+        list(parallel),
         use_gloo_process_groups=False,
     )
     if device.fused_adam:

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_fapo.algorithm.losses import TokenLosses
 from megatron_fapo.policy.forward import Padded, chosen_logprobs
 from megatron_fapo.policy.model import Model
+from megatron_fapo.records import Floats, floats
 
 LossFunction = Callable[[torch.Tensor, Padded], TokenLosses]
 """From log-probs [N] of the chosen tokens to their losses."""
@@ -88,8 +89,8 @@ def _schedule(
     rows, width = microbatches[0].tokens.shape
     found: list[torch.Tensor] = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(microbatches),
-        model=[model.parallel],
+        data_iterator=[iter(microbatches) for _ in model.parallel],
+        model=list(model.parallel),
         num_microbatches=len(microbatches),
         seq_length=width,  # with variable_seq_lengths stages tell each other the true shapes
         micro_batch_size=rows,
@@ -99,7 +100,7 @@ def _schedule(
 
 
 def _totals(seen: Sequence[torch.Tensor], microbatches: Sequence[Padded]) -> Totals:
-    """Sum what the last stage saw over data-parallel ranks; every rank returns the same."""
+    """Sum what the last stage saw over data- and context-parallel ranks; every rank returns the same."""
     row = torch.zeros(8, dtype=torch.float64, device=microbatches[0].tokens.device)
     if seen:
         table = torch.stack(list(seen)).double()
@@ -107,10 +108,10 @@ def _totals(seen: Sequence[torch.Tensor], microbatches: Sequence[Padded]) -> Tot
     row[5] = sum(len(padded.chosen) for padded in microbatches)
     row[6] = sum(padded.real_tokens for padded in microbatches)
     row[7] = sum(padded.tokens.numel() for padded in microbatches)
-    ranks = parallel_state.get_data_parallel_world_size()
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     rows = [torch.empty_like(row) for _ in range(ranks)]
     if ranks > 1:
-        dist.all_gather(rows, row, group=parallel_state.get_data_parallel_group())
+        dist.all_gather(rows, row, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     else:
         rows = [row]
     table = torch.stack(rows)
@@ -128,6 +129,15 @@ def _totals(seen: Sequence[torch.Tensor], microbatches: Sequence[Padded]) -> Tot
     )
 
 
+def whole(packed: Floats) -> Floats:
+    """Values over a packed microbatch, each found by one context-parallel rank and 0 on the others. Collective."""
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return packed
+    values = torch.tensor(packed, device=torch.cuda.current_device())
+    dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
+    return floats(values.cpu().numpy())
+
+
 def _broadcast_from_last_stage(values: torch.Tensor) -> None:
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -142,7 +152,7 @@ def mismatch(values: Sequence[torch.Tensor], microbatches: Sequence[Padded]) -> 
     gaps = torch.cat([(row - padded.behaviour).abs() for row, padded in zip(values, microbatches, strict=True)])
     sums = torch.tensor([float(gaps.double().sum()), float(len(gaps))], dtype=torch.float64, device=gaps.device)
     largest = gaps.max() if len(gaps) else gaps.sum()
-    group = parallel_state.get_data_parallel_group()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     dist.all_reduce(sums, group=group)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return float(sums[0]) / max(float(sums[1]), 1.0), float(largest)

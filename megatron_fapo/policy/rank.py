@@ -129,14 +129,13 @@ class PolicyRank:
         with 0.0 at the first token of each sequence.
         """
         own = [row[parallel_state.get_data_parallel_rank()] for row in microbatches]
-        device = self.device.torch_device()
-        padded = [forward.pad(batch, device, every_token=True) for batch in own]
+        padded = [self._pad(batch, every_token=True) for batch in own]
         with self.device.active():
             values = passes.logprobs(self.model, padded)
-        return tuple(
-            forward.unpad(row, layout, len(batch.token_ids))
-            for row, layout, batch in zip(values, padded, own, strict=True)
-        )
+            return tuple(
+                passes.whole(forward.unpad(row, part, len(batch.token_ids)))
+                for row, part, batch in zip(values, padded, own, strict=True)
+            )
 
     @property
     def model(self) -> Model:
@@ -155,8 +154,12 @@ class PolicyRank:
     def _column(self, minibatch: MiniBatch) -> list[Padded]:
         """This data-parallel rank's microbatches, laid out in rows."""
         mine = parallel_state.get_data_parallel_rank()
-        device = self.device.torch_device()
-        return [forward.pad(row[mine], device) for row in minibatch.microbatches]
+        return [self._pad(row[mine]) for row in minibatch.microbatches]
+
+    def _pad(self, batch: MicroBatch, every_token: bool = False) -> Padded:
+        """This context-parallel rank's part of a microbatch, in rows."""
+        rank = parallel_state.get_context_parallel_rank()
+        return forward.pad(batch, self.device.torch_device(), every_token, self._layout, rank)
 
     def _must_rescore(self, batch: StepBatch) -> bool:
         if self.settings.rescore != "when_stale":
@@ -185,7 +188,8 @@ class PolicyRank:
             group["lr"] = rate
             group["weight_decay"] = self.settings.optimizer.weight_decay * group.get("wd_mult", 1.0)
         with self.device.active():
-            model.parallel.zero_grad_buffer()
+            for chunk in model.parallel:
+                chunk.zero_grad_buffer()
             optimizer.zero_grad()
             totals = passes.forward_backward(model, column, loss_function, num_loss_tokens)
             if not math.isfinite(totals.loss):

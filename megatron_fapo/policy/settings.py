@@ -12,19 +12,45 @@ Rescore = Literal["never", "when_stale", "always"]
 
 
 class ParallelSettings(Settings):
-    """How the model is spread over ranks; what is left of the world size is data parallel."""
+    """How the model is spread over ranks: tensor × context × data × pipeline of them."""
 
     tensor: Annotated[int, Field(ge=1)] = 1
     """Ranks that share each matrix. Divides attention heads, KV heads and the MLP's width."""
+    sequence: bool = False
+    """Spread the norms between the matrices over the tensor-parallel ranks too (sequence parallelism): less memory,
+    the same communication. A mixture of experts under tensor parallelism needs it."""
     pipeline: Annotated[int, Field(ge=1)] = 1
     """Ranks that hold consecutive layers. Divides the number of layers."""
+    virtual_pipeline: Annotated[int, Field(ge=1)] = 1
+    """Groups of layers that each pipeline rank holds in turn (interleaved schedule): a smaller bubble, more messages.
+    Together with `pipeline` divides the number of layers."""
+    context: Annotated[int, Field(ge=1)] = 1
+    """Ranks that share each sequence. Rows are padded to a multiple of twice this number."""
+    expert: Annotated[int, Field(ge=1)] = 1
+    """Ranks that share the experts of a layer; taken from the tensor, context and data ranks. Divides the experts."""
+    expert_tensor: Annotated[int, Field(ge=1)] = 1
+    """Ranks that share each matrix of an expert. Divides the experts' width."""
     data: Annotated[int, Field(ge=1)] = 1
     """Copies of the model that consume different sequences."""
 
     @property
     def world(self) -> int:
         """Number of ranks."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence needs tensor of 2 or more: it spreads work over the tensor-parallel ranks")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(f"virtual_pipeline = {self.virtual_pipeline} needs pipeline of 2 or more")
+        stage, experts = self.tensor * self.context * self.data, self.expert * self.expert_tensor
+        if stage % experts:
+            raise ValueError(
+                f"expert × expert_tensor = {experts} does not divide tensor × context × data = {stage}: "
+                "experts are spread over the ranks of one pipeline stage"
+            )
+        return self
 
 
 class OptimizerSettings(Settings):
