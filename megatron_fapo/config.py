@@ -108,7 +108,8 @@ class Config(Settings):
         if ranks is not None and ranks != parallel.world:
             return (
                 f"cluster.ranks = {ranks}, but policy.parallel asks for tensor {parallel.tensor} × "
-                f"pipeline {parallel.pipeline} × context {parallel.context} × data {parallel.data} = {parallel.world} ranks"
+                f"pipeline {parallel.pipeline} × context {parallel.context} × data {parallel.data} = "
+                f"{parallel.world} ranks"
             )
         if self.train.deterministic and not self.policy.deterministic:
             return "train.deterministic needs policy.deterministic"
