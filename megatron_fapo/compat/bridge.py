@@ -1,25 +1,33 @@
 """Hugging Face weights into Megatron and out again, through mbridge 0.15.1.
 
 mbridge knows names and shapes, but always builds Transformer Engine layers, reads `rope_theta` where
-transformers 5 has `rope_parameters`, and keeps its name table on the class. The subclasses below supply what a
-machine without Transformer Engine needs; names, splits and merges stay mbridge's own.
+transformers 5 has `rope_parameters`, knows no rope scaling, and keeps its name table on the class. The subclasses
+below supply what is missing; names, splits and merges stay mbridge's own.
 """
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from mbridge.models.llama import LLaMABridge
 from mbridge.models.qwen2 import Qwen2Bridge
 from mbridge.models.qwen3 import Qwen3Bridge
+from mbridge.models.qwen3moe import Qwen3MoEBridge
 
 from megatron_fapo.compat.device import Device
+from megatron_fapo.compat.model_config import check, compare
 from megatron_fapo.compat.modules import local_block_spec
-from megatron_fapo.errors import ConfigError
+
+Tensors = list[tuple[str, torch.Tensor]]
+
+EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.)?(linear_fc[12])\.weight(\d*)$")
+"""An expert's matrix: experts one by one (`local_experts.3.linear_fc1.weight`), or grouped (`linear_fc1.weight3`)."""
 
 
 class _OwnLayers:
-    """Mixed in before one of mbridge's classes: own layer spec, own names for the norms, own rope base."""
+    """Mixed in before one of mbridge's classes: own layer spec, own names for the norms, own rope."""
 
     _OTHER_MAPPING: ClassVar = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
     _DIRECT_MAPPING: dict[str, str]
@@ -53,8 +61,62 @@ class _OwnLayers:
             "vocab_size": self.hf_config.vocab_size,
             "max_sequence_length": self.hf_config.max_position_embeddings,
             "position_embedding_type": "rope",
-            "rotary_base": self.hf_config.rope_theta,
+            "rotary_base": float(self.hf_config.rope_parameters["rope_theta"]),
         }
+
+    def _model_provider(self, post_model_creation_callbacks: Iterable[Callable[..., None]]) -> Any:
+        return super()._model_provider([*post_model_creation_callbacks, self._finish])  # type: ignore[misc]
+
+    def _finish(self, module: Any, **_: Any) -> None:
+        """Put the scaled frequencies in place, and hold the result against the Hugging Face config."""
+        frequencies, factor = rope(self.hf_config)
+        if frequencies is not None:
+            module.rotary_pos_emb.inv_freq = frequencies.to(module.rotary_pos_emb.inv_freq.device)
+        if factor != 1.0:
+            # Megatron multiplies sine and cosine by 0.1 * mscale * ln(scaling factor) + 1 where these fields exist
+            self.config.yarn_rotary_scaling_factor = math.e
+            self.config.yarn_mscale = 10.0 * (factor - 1.0)
+            self.config.yarn_mscale_all_dim = 0.0
+        compare(self.hf_config, self.config, module)
+
+    # --- names and tensors ------------------------------------------------------------------------------------
+
+    def names(self, module: Any) -> dict[str, str]:
+        """Names of a module's parameters, to names with layers and experts counted over all ranks."""
+        every: dict[str, str] = self._weight_name_mapping_mcore_local_to_global(module, consider_ep=False)  # type: ignore[attr-defined]
+        first = (self.config.num_moe_experts or 0) // self.mpu.ep_size * self.mpu.ep_rank  # type: ignore[attr-defined]
+
+        def counted(match: re.Match[str]) -> str:
+            number = int(match[1] or match[3]) + first
+            return f"mlp.experts.{match[2]}.weight{number}"
+
+        return {local: EXPERT.sub(counted, every[local]) for local, _ in module.named_parameters()}
+
+    def to_hugging_face(self, name: str, shards: Sequence[torch.Tensor], partition: int | None) -> Tensors:
+        """The Hugging Face tensors that a parameter becomes, from its tensor-parallel shards in the order of ranks.
+
+        `partition` is the dimension that the shards are cut along, None for a parameter that every rank has whole.
+        """
+        whole = shards[0]
+        if partition is not None:
+            like = shards[0].new_empty(0, device="meta")
+            like.tensor_model_parallel, like.partition_dim = True, partition  # type: ignore[attr-defined]
+            whole = self._weight_merge_across_tp(name, list(shards), like)  # type: ignore[attr-defined]
+        return list(zip(*self._weight_to_hf_format(name, whole), strict=True))  # type: ignore[attr-defined]
+
+    def from_hugging_face(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """A whole parameter, before tensor parallelism cuts it; `read` gives the tensor of a Hugging Face name."""
+        sources = self._weight_name_mapping_mcore_to_hf(name)  # type: ignore[attr-defined]
+        whole: torch.Tensor = self._weight_to_mcore_format(name, [read(source) for source in sources])  # type: ignore[attr-defined]
+        return whole
+
+    def shard(self, name: str, whole: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a whole parameter."""
+        expert = EXPERT.search(name) is not None
+        ranks = self.mpu.etp_size if expert else self.mpu.tp_size  # type: ignore[attr-defined]
+        rank = self.mpu.etp_rank if expert else self.mpu.tp_rank  # type: ignore[attr-defined]
+        part: torch.Tensor = self._weight_split_across_tp(name, whole, param, ranks)[rank]  # type: ignore[attr-defined]
+        return part
 
 
 class Qwen2(_OwnLayers, Qwen2Bridge):  # type: ignore[misc]
@@ -66,10 +128,23 @@ class Qwen3(_OwnLayers, Qwen3Bridge):  # type: ignore[misc]
 
 
 class Llama(_OwnLayers, LLaMABridge):  # type: ignore[misc]
-    """Llama 2 and 3 without rope scaling."""
+    """Llama 2 and 3, and Mistral, which is the same without its sliding window."""
 
 
-FAMILIES: Mapping[str, type[_OwnLayers]] = {"qwen2": Qwen2, "qwen3": Qwen3, "llama": Llama}
+class Qwen3Moe(_OwnLayers, Qwen3MoEBridge):  # type: ignore[misc]
+    """Qwen3 with experts in every layer."""
+
+    def _build_base_config(self, **chosen: Any) -> Any:
+        return super()._build_base_config(**{**chosen, "moe_router_pre_softmax": not self.hf_config.norm_topk_prob})
+
+
+FAMILIES: Mapping[str, type[_OwnLayers]] = {
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "llama": Llama,
+    "mistral": Llama,
+    "qwen3_moe": Qwen3Moe,
+}
 """By `model_type` of the Hugging Face config."""
 
 
@@ -93,30 +168,23 @@ def make_bridge(hf_config: Any, device: Device, dtype: torch.dtype, tensor_paral
     config that has no counterpart here.
     """
     check(hf_config)
-    hf_config.rope_theta = float(hf_config.rope_parameters["rope_theta"])
-    if getattr(hf_config, "head_dim", None) is None:
-        hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
     bridge: Any = FAMILIES[hf_config.model_type](hf_config, device, dtype, tensor_parallel)
-    bridge.set_extra_args(
-        **{**device.transformer_flags, **EXPERTS, "attention_dropout": 0.0, "hidden_dropout": 0.0, **flags}
-    )
+    chosen = {**device.transformer_flags, **EXPERTS, "attention_dropout": 0.0, "hidden_dropout": 0.0, **flags}
+    if rope(hf_config)[1] != 1.0:
+        chosen["apply_rope_fusion"] = False  # Transformer Engine's kernel has no such factor
+    bridge.set_extra_args(**chosen)
     return bridge
 
 
-def check(hf_config: Any) -> None:
-    """Refuse by name what has no counterpart in the models that are built here."""
-    kind = hf_config.model_type
-    if kind not in FAMILIES:
-        raise ConfigError(f"model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
-    rope = getattr(hf_config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_type {rope['rope_type']!r} of {kind} is not supported; supported: default")
-    refused = {
-        "hidden_act": hf_config.hidden_act != "silu",
-        "mlp_bias": getattr(hf_config, "mlp_bias", False),
-        "use_sliding_window": getattr(hf_config, "use_sliding_window", False),
-        "attention_bias": getattr(hf_config, "attention_bias", False) and kind in ("qwen3", "llama"),
-    }
-    for key, present in refused.items():
-        if present:
-            raise ConfigError(f"{key}={getattr(hf_config, key)!r} of {kind} has no counterpart here")
+def rope(hf_config: Any) -> tuple[torch.Tensor | None, float]:
+    """The rotary frequencies [head_dim / 2], None for those of `rope_theta` alone, and the factor on sine and cosine.
+
+    transformers' own functions compute both, so that the two implementations cannot drift apart.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = hf_config.rope_parameters.get("rope_type", "default")
+    if kind == "default":
+        return None, 1.0
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    return frequencies, float(factor)

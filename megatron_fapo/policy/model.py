@@ -18,12 +18,13 @@ from megatron.core.enums import ModelType
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
-from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.compat.bridge import make_bridge
 from megatron_fapo.errors import ConfigError, DataError
+from megatron_fapo.policy import pieces
+from megatron_fapo.policy.hf_folder import Weights
 from megatron_fapo.policy.settings import PolicySettings
 
 log = logging.getLogger(__name__)
@@ -106,12 +107,7 @@ def build(settings: PolicySettings, device: Device) -> Model:
         calculate_per_token_loss=True,  # gradients are summed: the loss carries its own 1 / tokens
     )
     chunks = tuple(_chunk(bridge, stage) for stage in _virtual_stages(settings))
-    try:
-        bridge.load_weights(list(chunks), str(settings.model))
-    except (KeyError, ValueError, OSError, SafetensorError) as error:
-        raise DataError(
-            f"{settings.model}: the weights do not fit its config: {error}", rank=dist.get_rank()
-        ) from error
+    pieces.load(bridge, chunks, Weights(settings.model))
     for chunk in chunks:
         chunk.to(device.torch_device())
     parallel = tuple(

@@ -70,7 +70,6 @@ class PolicyRank:
             raise PolicyError(f"the ranks did not meet at {address}:{port}: {error}", rank=rank) from error
         with self.device.active():
             self._model = build(settings, self.device)
-            export.check_names(self._model)
         self._settings, self._updates, self._export = settings, 0, None
         return self._layout
 

@@ -31,18 +31,21 @@ def lives(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
 @pytest.fixture(scope="session")
 def process() -> Iterator[Callable[[PolicySettings], LocalRanks]]:
-    """One process of one rank that tests set up anew as they need it."""
+    """Processes that tests set up anew as they need them; those of another number of ranks end first."""
     held: list[LocalRanks] = []
 
     def again(settings: PolicySettings) -> LocalRanks:
-        if not held or not len(held[0]):
-            held[:] = [LocalRanks(settings, seed=5)]
-        else:
-            ranks = held[0]
-            ranks.call("shutdown")
-            host, port = ranks.call("address")[0]
-            ranks.call("setup", 0, 1, host, port, settings, 5)
-        return held[0]
+        if held and len(held[0]) != settings.parallel.world:
+            held.pop().close()
+        if not held:
+            held.append(LocalRanks(settings, seed=5))
+            return held[0]
+        ranks = held[0]
+        ranks.call("shutdown")
+        host, port = ranks.call("address")[0]
+        world = settings.parallel.world
+        ranks.layout = ranks.call_each("setup", [(r, world, host, port, settings, 5) for r in range(world)])[0]
+        return ranks
 
     yield again
     for ranks in held:

@@ -1,0 +1,164 @@
+"""Megatron's parameters as the Hugging Face tensors that they are: the plan, the way in, the way out.
+
+A piece is one Megatron parameter and the Hugging Face tensors it becomes. One copy of the model takes part: of
+all data-parallel ranks the first. Every rank knows the whole plan, so all ranks walk it without asking each other.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_fapo.compat.bridge import EXPERT, Tensors
+from megatron_fapo.policy.hf_folder import Weights
+from megatron_fapo.weights import aligned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One Megatron parameter."""
+
+    chunk: int
+    """Which of its ranks' modules has it; 0 but for virtual pipeline stages."""
+    local_name: str
+    """Its name in that module."""
+    name: str
+    """Its name with layers and experts counted over all ranks."""
+    ranks: tuple[int, ...]
+    """The ranks that hold its shards, in order; the first converts."""
+    partition: int | None
+    """The dimension that the shards are cut along; None where each rank has the whole."""
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    """Hugging Face names and shapes that it becomes."""
+    dtype: torch.dtype
+
+    @property
+    def expert(self) -> bool:
+        """Whether it belongs to an expert, and with it to the expert-parallel groups."""
+        return is_expert(self.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a bucket, alignment included."""
+        return sum(aligned(prod(shape) * self.dtype.itemsize) for _, shape in self.tensors)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter, by its counted name, is an expert's."""
+    return EXPERT.search(name) is not None
+
+
+def plan(bridge: Any, chunks: Sequence[Any]) -> tuple[Piece, ...]:
+    """All pieces of the model in the order of export, the same on every rank. Collective.
+
+    `chunks` are this rank's parts of the model. Tied output weights, which the last stage holds as a copy of the
+    embedding, are planned once.
+    """
+    mine = [piece for piece in own_pieces(bridge, chunks) if leads(piece)]
+    everyones: list[list[Piece]] = [mine]
+    if dist.get_world_size() > 1:
+        everyones = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyones, mine)
+    planned: dict[str, Piece] = {}
+    for piece in (piece for pieces in everyones for piece in pieces):
+        planned.setdefault(piece.tensors[0][0], piece)
+    return tuple(planned.values())
+
+
+def own_pieces(bridge: Any, chunks: Sequence[Any]) -> list[Piece]:
+    """The pieces of which this rank holds a shard."""
+    found = []
+    for place, chunk in enumerate(chunks):
+        names = bridge.names(chunk)
+        for local_name, param in chunk.named_parameters():
+            name = names[local_name]
+            ranks = tuple(dist.get_process_group_ranks(_group(name)))
+            partition = param.partition_dim if getattr(param, "tensor_model_parallel", False) else None
+            shard = torch.empty(param.shape, dtype=param.dtype, device="meta")
+            tensors = bridge.to_hugging_face(name, [shard] * len(ranks), partition)
+            found.append(
+                Piece(
+                    chunk=place,
+                    local_name=local_name,
+                    name=name,
+                    ranks=ranks,
+                    partition=partition,
+                    tensors=tuple((hf_name, tuple(tensor.shape)) for hf_name, tensor in tensors),
+                    dtype=param.dtype,
+                )
+            )
+    return found
+
+
+def leads(piece: Piece) -> bool:
+    """Whether this rank speaks for a piece: first of its shards, in the first copy of the model."""
+    if piece.expert:
+        copy = parallel_state.get_expert_data_parallel_rank()
+    else:
+        copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return bool(copy == 0 and dist.get_rank() == piece.ranks[0])
+
+
+def _group(name: str) -> Any:
+    """The ranks among which a parameter is cut."""
+    if is_expert(name):
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def shapes(pieces: Sequence[Piece]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the Hugging Face tensors that a plan consists of."""
+    return {name: shape for piece in pieces for name, shape in piece.tensors}
+
+
+def tied(bridge: Any) -> Mapping[str, str]:
+    """Names that a folder may hold although the model has their weights under another."""
+    return {"lm_head.weight": "model.embed_tokens.weight"} if bridge.hf_config.tie_word_embeddings else {}
+
+
+@torch.no_grad()
+def load(bridge: Any, chunks: Sequence[Any], weights: Weights) -> None:
+    """Fill this rank's parameters, one at a time. Collective.
+
+    Each rank reads the tensors that its parameters consist of, and keeps its shard: nothing is sent. Raises
+    DataError for a folder whose names or shapes are not those of its config.
+    """
+    weights.check(shapes(plan(bridge, chunks)), unused=tied(bridge))
+    for chunk in chunks:
+        names = bridge.names(chunk)
+        for local_name, param in chunk.named_parameters():
+            name = names[local_name]
+            param.copy_(bridge.shard(name, bridge.from_hugging_face(name, weights.read), param))
+
+
+@torch.no_grad()
+def fetch(bridge: Any, chunks: Sequence[Any], piece: Piece) -> Tensors:
+    """The Hugging Face tensors of a piece on rank 0, an empty list elsewhere. Collective over the first copy."""
+    rank, source = dist.get_rank(), piece.ranks[0]
+    tensors: Tensors = []
+    if rank in piece.ranks:
+        param = dict(chunks[piece.chunk].named_parameters())[piece.local_name].detach()
+        shards = [param]
+        if piece.partition is not None and len(piece.ranks) > 1:
+            shards = [torch.empty_like(param) for _ in piece.ranks]
+            dist.all_gather(shards, param, group=_group(piece.name))
+        if rank == source:
+            tensors = bridge.to_hugging_face(piece.name, shards, piece.partition)
+    if source == 0:
+        return tensors if rank == 0 else []
+    if rank == source:
+        for _, tensor in tensors:
+            dist.send(tensor.contiguous(), dst=0)
+    return _receive(piece) if rank == 0 else []
+
+
+def _receive(piece: Piece) -> Tensors:
+    device = torch.device("cpu") if dist.get_backend() == "gloo" else torch.device("cuda", torch.cuda.current_device())
+    received = [(name, torch.empty(shape, dtype=piece.dtype, device=device)) for name, shape in piece.tensors]
+    for _, tensor in received:
+        dist.recv(tensor, src=piece.ranks[0])
+    return received
