@@ -273,9 +273,12 @@ class UpdateReport:
     kl_behaviour: float
     """k3 estimate of KL(behaviour ‖ current): mean of exp(d) - 1 - d, d = current - behaviour log-prob, over the loss
     tokens that went through the model."""
+    entropy: float | None
+    """Mean entropy in nats of the policy's distributions at the loss tokens that went through the model, at the
+    sampling temperature, before the update; None where it is switched off."""
     loss_tokens: int
     tokens: int
-    """Tokens that went through the model."""
+    """Inputs that went through the model: every token of a sequence but its last."""
     padded_tokens: int
     """Token positions computed, padding included."""
 

@@ -92,6 +92,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     *_plain("share", train__clipped_share="Loss tokens whose gradient the PPO clip cut off, mean over updates."),
     *_plain("nats", train__kl="k3 estimate of KL(behaviour ‖ current), mean over updates."),
+    *_plain("nats", train__entropy="Entropy of the policy at the sampling temperature, mean over updates."),
     *_plain("tokens", train__loss_tokens="Tokens in the loss."),
     *_plain("share", train__padding_share="Token positions computed that hold padding."),
     *_plain(

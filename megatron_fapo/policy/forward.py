@@ -1,15 +1,17 @@
 """From a packed microbatch to log-probs per token: padding, the model's call, and the way back."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_fapo.batch.layout import Layout
+from megatron_fapo.policy.logprobs import Projection, token_logprobs
 from megatron_fapo.records import Floats, MicroBatch
 
 ALONE = Layout()
@@ -39,7 +41,17 @@ class Padded:
     """[N] where those next tokens stand in the packed microbatch."""
     temperature: float
     real_tokens: int
-    """Tokens before padding; counted by the first of the context-parallel ranks."""
+    """Inputs before padding: one less than tokens for each sequence; of them, those of this context-parallel rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the model says of the chosen tokens, in float32 and with gradient."""
+
+    logprobs: torch.Tensor
+    """[N] log softmax(logits / temperature) at the token."""
+    entropy: torch.Tensor
+    """[N] entropy of that softmax, in nats; zeros where it is not computed."""
 
 
 def columns_of(width: int, ranks: int, rank: int) -> Indices:
@@ -83,7 +95,7 @@ def pad(
         behaviour=tensor(batch.logprobs[places], torch.float32),
         places=places,
         temperature=batch.temperature,
-        real_tokens=len(batch.token_ids) if rank == 0 else 0,
+        real_tokens=int(inside.sum()),
     )
 
 
@@ -95,23 +107,39 @@ def unpad(values: torch.Tensor, padded: Padded, tokens: int) -> Floats:
     return packed
 
 
-def chosen_logprobs(logits: torch.Tensor, padded: Padded, vocabulary: int) -> torch.Tensor:
-    """[N] log softmax(logits / temperature) at the chosen tokens, in float32.
+@contextmanager
+def hidden_states(module: Any) -> Iterator[None]:
+    """Inside, a GPTModel's last stage returns hidden states after the final norm, [s, b, h], and no logits."""
+    last = module.post_process
+    module.post_process = False
+    try:
+        yield
+    finally:
+        module.post_process = last
 
-    `logits` is [b, s, v], this rank's shard of the vocabulary under tensor parallelism; the shards are never
-    gathered. Columns from `vocabulary` on are padding and take no probability.
+
+def scores(hidden: torch.Tensor, padded: Padded, module: Any, projection: Projection) -> Scores:
+    """Log-probs and entropies at the chosen tokens, from the hidden states [s, b, h] of the last stage.
+
+    Under sequence parallelism s is this rank's part, and is gathered here. `projection` without temperature and
+    ranks, which are the microbatch's and Megatron's.
     """
-    rows = logits.reshape(-1, logits.shape[-1]).index_select(0, padded.chosen).float()
-    if padded.temperature != 1.0:
-        rows = rows / padded.temperature
-    ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    surplus = ranks * rows.shape[-1] - vocabulary
-    if surplus and rank == ranks - 1:
-        mask = torch.zeros(rows.shape[-1], device=rows.device)
-        mask[rows.shape[-1] - surplus :] = -torch.inf
-        rows = rows + mask
-    if ranks == 1:
-        return -F.cross_entropy(rows, padded.targets, reduction="none")
-    # it takes [s, b, v]; a column of one sequence serves
-    losses: torch.Tensor = vocab_parallel_cross_entropy(rows.unsqueeze(1), padded.targets.unsqueeze(1))
-    return -losses.squeeze(1)
+    config = module.config
+    if config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    s, b, h = hidden.shape
+    places = padded.chosen % s * b + padded.chosen // s  # `chosen` counts along rows, [b, s]
+    split = parallel_state.get_tensor_model_parallel_world_size() > 1
+    shared = module.share_embeddings_and_output_weights
+    logprobs, entropy = token_logprobs(
+        hidden.reshape(s * b, h).index_select(0, places),
+        module.shared_embedding_or_output_weight() if shared else module.output_layer.weight,
+        padded.targets,
+        replace(
+            projection,
+            temperature=padded.temperature,
+            group=parallel_state.get_tensor_model_parallel_group() if split else None,
+            sum_hidden_gradient=not config.sequence_parallel,
+        ),
+    )
+    return Scores(logprobs=logprobs, entropy=entropy)

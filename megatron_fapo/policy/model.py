@@ -25,6 +25,7 @@ from megatron_fapo.compat.bridge import make_bridge
 from megatron_fapo.errors import ConfigError, DataError
 from megatron_fapo.policy import pieces
 from megatron_fapo.policy.hf_folder import Weights
+from megatron_fapo.policy.logprobs import Projection
 from megatron_fapo.policy.settings import PolicySettings
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class Model:
     optimizer: Any
     config: Any
     """Megatron's TransformerConfig."""
+    projection: Projection
+    """The output layer: its true vocabulary, and how many tokens' logits exist at once."""
 
 
 def connect(rank: int, address: str, port: int, settings: PolicySettings, device: Device, seed: int) -> Layout:
@@ -118,7 +121,21 @@ def build(settings: PolicySettings, device: Device) -> Model:
     bridge.config.grad_scale_func = optimizer.scale_loss
     held = sum(param.numel() for chunk in chunks for param in chunk.parameters())
     log.info("rank %d holds %d parameters", dist.get_rank(), held)
-    return Model(bridge=bridge, chunks=chunks, parallel=parallel, optimizer=optimizer, config=bridge.config)
+    return Model(
+        bridge=bridge,
+        chunks=chunks,
+        parallel=parallel,
+        optimizer=optimizer,
+        config=bridge.config,
+        projection=_projection(hf_config.vocab_size, settings),
+    )
+
+
+def _projection(vocabulary: int, settings: PolicySettings) -> Projection:
+    """As many tokens at once as the setting has room for their float32 logits on one rank."""
+    shard = -(-vocabulary // settings.parallel.tensor)
+    chunk = max(settings.logits_megabytes * 2**20 // (4 * shard), 1)
+    return Projection(vocabulary=vocabulary, chunk=chunk, entropy=settings.entropy)
 
 
 def check_layout(hf_config: Any, settings: PolicySettings) -> None:

@@ -1,7 +1,7 @@
 """Forward and backward passes over the microbatches of a rank, through Megatron's pipeline schedule."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 
 from megatron_fapo.algorithm.losses import TokenLosses
-from megatron_fapo.policy.forward import Padded, chosen_logprobs
+from megatron_fapo.policy.forward import Padded, Scores, hidden_states, scores
 from megatron_fapo.policy.model import Model
 from megatron_fapo.records import Floats, floats
 
-LossFunction = Callable[[torch.Tensor, Padded], TokenLosses]
-"""From log-probs [N] of the chosen tokens to their losses."""
+LossFunction = Callable[[Scores, Padded], TokenLosses]
+"""From log-probs and entropies [N] of the chosen tokens to their losses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Totals:
     loss: float
     clipped: float
     kl: float
+    entropy: float
     chosen: int
     """Loss tokens that went through the model."""
     mismatch: float
@@ -45,12 +47,12 @@ def forward_backward(
     then only sums gradients, so the result does not depend on how sequences were dealt to ranks.
     """
 
-    def loss(padded: Padded, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logprobs = chosen_logprobs(logits, padded, model.bridge.hf_config.vocab_size)
-        losses = loss_function(logprobs, padded)
+    def loss(padded: Padded, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        found = scores(hidden, padded, model.chunks[-1], model.projection)
+        losses = loss_function(found, padded)
         with torch.no_grad():
-            gap = (logprobs - padded.behaviour).abs()
-            sums = [losses.loss.sum(), losses.clipped.sum(), losses.kl.sum(), gap.sum()]
+            gap = (found.logprobs - padded.behaviour).abs()
+            sums = [losses.loss.sum(), losses.clipped.sum(), losses.kl.sum(), found.entropy.sum(), gap.sum()]
             seen = torch.stack([*sums, gap.max() if len(gap) else gap.sum()])
         return losses.loss.sum() / num_loss_tokens, _ONE, seen
 
@@ -62,8 +64,10 @@ def forward_backward(
 def logprobs(model: Model, microbatches: Sequence[Padded]) -> list[torch.Tensor]:
     """Log-probs [N] of the chosen tokens of each microbatch, on every stage of the pipeline. Collective."""
 
-    def keep(padded: Padded, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        values = chosen_logprobs(logits, padded, model.bridge.hf_config.vocab_size)
+    projection = replace(model.projection, entropy=False)
+
+    def keep(padded: Padded, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        values = scores(hidden, padded, model.chunks[-1], projection).logprobs
         return values.new_zeros(()), _ONE, values
 
     found = _schedule(model, microbatches, keep, forward_only=True)
@@ -84,7 +88,8 @@ def _schedule(
 ) -> list[torch.Tensor]:
     def step(batches: Iterator[Padded], part: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         padded = next(batches)
-        return part(padded.tokens, padded.positions, None), partial(loss, padded)
+        with hidden_states(unwrap_model(part)):
+            return part(padded.tokens, padded.positions, None), partial(loss, padded)
 
     rows, width = microbatches[0].tokens.shape
     found: list[torch.Tensor] = get_forward_backward_func()(
@@ -101,13 +106,13 @@ def _schedule(
 
 def _totals(seen: Sequence[torch.Tensor], microbatches: Sequence[Padded]) -> Totals:
     """Sum what the last stage saw over data- and context-parallel ranks; every rank returns the same."""
-    row = torch.zeros(8, dtype=torch.float64, device=microbatches[0].tokens.device)
+    row = torch.zeros(9, dtype=torch.float64, device=microbatches[0].tokens.device)
     if seen:
         table = torch.stack(list(seen)).double()
-        row[:4], row[4] = table[:, :4].sum(0), table[:, 4].max()
-    row[5] = sum(len(padded.chosen) for padded in microbatches)
-    row[6] = sum(padded.real_tokens for padded in microbatches)
-    row[7] = sum(padded.tokens.numel() for padded in microbatches)
+        row[:5], row[5] = table[:, :5].sum(0), table[:, 5].max()
+    row[6] = sum(len(padded.chosen) for padded in microbatches)
+    row[7] = sum(padded.real_tokens for padded in microbatches)
+    row[8] = sum(padded.tokens.numel() for padded in microbatches)
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     rows = [torch.empty_like(row) for _ in range(ranks)]
     if ranks > 1:
@@ -116,14 +121,15 @@ def _totals(seen: Sequence[torch.Tensor], microbatches: Sequence[Padded]) -> Tot
         rows = [row]
     table = torch.stack(rows)
     _broadcast_from_last_stage(table)
-    loss, clipped, kl, mismatch, _, chosen, tokens, positions = table.sum(0).tolist()
+    loss, clipped, kl, entropy, mismatch, _, chosen, tokens, positions = table.sum(0).tolist()
     return Totals(
         loss=loss,
         clipped=clipped,
         kl=kl,
+        entropy=entropy,
         chosen=int(chosen),
         mismatch=mismatch,
-        mismatch_max=float(table[:, 4].max()),
+        mismatch_max=float(table[:, 5].max()),
         tokens=int(tokens),
         positions=int(positions),
     )

@@ -14,7 +14,6 @@ from pathlib import Path
 from megatron_fapo.compat.device import Device, current  # before torch and megatron
 
 import torch.distributed as dist  # isort: skip
-import torch
 from megatron.core import parallel_state
 
 from megatron_fapo.algorithm.losses import TokenLosses, ppo_loss, supervised_loss
@@ -22,7 +21,7 @@ from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.errors import Diverged, PolicyError
 from megatron_fapo.policy import checkpoint, export, forward, passes
-from megatron_fapo.policy.forward import Padded
+from megatron_fapo.policy.forward import Padded, Scores
 from megatron_fapo.policy.model import Model, build, connect
 from megatron_fapo.policy.schedule import learning_rate
 from megatron_fapo.policy.settings import PolicySettings
@@ -96,8 +95,8 @@ class PolicyRank:
             columns, gap, gap_max = self._rescore(columns)
         reports = []
 
-        def loss_function(logprobs: torch.Tensor, padded: Padded) -> TokenLosses:
-            return ppo_loss(logprobs, padded.behaviour, padded.advantages, loss)
+        def loss_function(scores: Scores, padded: Padded) -> TokenLosses:
+            return ppo_loss(scores.logprobs, padded.behaviour, padded.advantages, loss)
 
         for number, (minibatch, column) in enumerate(zip(batch.minibatches, columns, strict=True)):
             report, totals = self._optimize(column, loss_function, minibatch.num_loss_tokens, batch.step)
@@ -116,8 +115,8 @@ class PolicyRank:
     def supervised_update(self, minibatch: MiniBatch) -> UpdateReport:
         """One optimizer step on the negative log-likelihood of the loss tokens. Collective. Raises Diverged."""
 
-        def loss_function(logprobs: torch.Tensor, padded: Padded) -> TokenLosses:
-            return supervised_loss(logprobs)
+        def loss_function(scores: Scores, padded: Padded) -> TokenLosses:
+            return supervised_loss(scores.logprobs)
 
         return self._optimize(self._column(minibatch), loss_function, minibatch.num_loss_tokens, None)[0]
 
@@ -203,6 +202,7 @@ class PolicyRank:
             learning_rate=rate,
             clipped_share=totals.clipped / num_loss_tokens,
             kl_behaviour=totals.kl / max(totals.chosen, 1),
+            entropy=totals.entropy / max(totals.chosen, 1) if self.settings.entropy else None,
             loss_tokens=num_loss_tokens,
             tokens=totals.tokens,
             padded_tokens=totals.positions,

@@ -100,6 +100,11 @@ class PolicySettings(Settings):
     rescore: Rescore = "never"
     """Whether behaviour log-probs are computed again by Megatron before the updates: `never` keeps those that were
     sampled, `when_stale` rescores a step in which a rollout has tokens of older weights, `always` every step."""
+    logits_megabytes: Annotated[int, Field(ge=1)] = 256
+    """Most memory for the float32 logits of one rank: log-probs are computed over as many tokens at once as fit. A
+    chunk and about three copies of it exist in the backward pass; more than one chunk computes the logits twice."""
+    entropy: bool = True
+    """Report the entropy of the policy's distributions, one more reading of the logits."""
     timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds after which a rank that waits for another gives up."""
     threads: Annotated[int, Field(ge=1)] = 1

@@ -156,6 +156,7 @@ def make_report(step: int, progress: float, rng: Random) -> StepReport:
             learning_rate=2e-4,
             clipped_share=0.02 * rng.random(),
             kl_behaviour=0.001 * rng.random(),
+            entropy=0.5 * rng.random(),
             loss_tokens=700,
             tokens=1300,
             padded_tokens=1300,

@@ -33,8 +33,8 @@ WEIGHTS = WeightVersion(step=5, checksum="c", tensors=1, nbytes=4)
 
 def update(**changes) -> UpdateReport:
     plain = UpdateReport(
-        loss=1.0, grad_norm=2.0, learning_rate=1e-3, clipped_share=0.1, kl_behaviour=0.2, loss_tokens=30, tokens=80,
-        padded_tokens=100,
+        loss=1.0, grad_norm=2.0, learning_rate=1e-3, clipped_share=0.1, kl_behaviour=0.2, entropy=0.7, loss_tokens=30,
+        tokens=80, padded_tokens=100,
     )  # fmt: skip
     return replace(plain, **changes)
 
@@ -151,6 +151,7 @@ def test_reward_and_update():
     assert found["train/loss"] == 1.5
     assert (found["train/grad_norm_mean"], found["train/grad_norm_max"]) == (4.0, 6.0)
     assert found["train/learning_rate"] == 2e-3
+    assert found["train/entropy"] == pytest.approx(0.7)
     assert found["train/loss_tokens"] == 60
     assert found["train/padding_share"] == pytest.approx(1 - 120 / 200)
     assert found["train/rescored"] == 1.0
