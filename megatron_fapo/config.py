@@ -96,6 +96,14 @@ class Config(Settings):
             raise ConfigError(f"servers.{role} is missing")
         return settings.changed(deterministic=self.train.deterministic or settings.deterministic)
 
+    @property
+    def batching(self) -> BatchSettings:
+        """`batch`, with nothing left out of the passes where the loss has a gradient without an advantage."""
+        return self.batch.changed(skip_zero_advantage=False) if self._always_computed() else self.batch
+
+    def _always_computed(self) -> bool:
+        return self.algorithm.loss.gradient_without_advantage
+
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         problems = (self._layout_problem(), *self._server_problems(), *self._judge_problems(), self._batch_problem())

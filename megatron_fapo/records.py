@@ -186,6 +186,8 @@ class Judged:
     verdict: Verdict | NotJudged
     oracle: int | None
     """First wrong paragraph by the task's own oracle, -1 clean; None where the task has no oracle."""
+    wrong_from: int | None = None
+    """First response token of the paragraph that the verdict names; None without a flag, or where nobody asks."""
 
     @property
     def flagged(self) -> bool:
@@ -249,6 +251,8 @@ class MiniBatch:
     """`microbatches[m][dp]`: the m-th microbatch of data-parallel rank dp; every rank has the same number."""
     num_loss_tokens: int
     """Loss tokens of the whole mini-batch: the denominator of the token mean, whatever the layout."""
+    num_sequences: int
+    """Sequences with loss tokens of the whole mini-batch: the denominator of the mean over sequences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

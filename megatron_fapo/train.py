@@ -4,7 +4,7 @@ The weights are published; prompts become groups of rollouts; right answers get 
 become rewards, rewards become advantages; the batch makes Megatron's updates.
 """
 
-from megatron_fapo.algorithm.advantages import token_advantages
+from megatron_fapo.algorithm.advantages import step_advantages
 from megatron_fapo.algorithm.rewards import rewards, usable
 from megatron_fapo.batch.pack import make_batch
 from megatron_fapo.cluster.cluster import Cluster
@@ -31,13 +31,11 @@ async def train(config: Config, cluster: Cluster, state: RunState, sinks: Sinks)
         if groups is None:
             break
         trained = [group for group in groups if usable(group, algorithm.reward)]
-        given = [rewards(group, algorithm.reward, max_tokens=config.rollout.max_new_tokens) for group in trained]
-        advantages = [
-            token_advantages(reward, [len(judged.rollout.token_ids) for judged in group], algorithm.advantage)
-            for group, reward in zip(trained, given, strict=True)
-        ]
+        limit = config.rollout.max_new_tokens
+        given = [rewards(group, algorithm, max_tokens=limit) for group in trained]
+        advantages = step_advantages(trained, given, algorithm, max_tokens=limit)
         with sinks.phase("update", spans):
-            batch = make_batch(trained, advantages, cluster.policy.layout, config.batch, config.train.seed)
+            batch = make_batch(trained, advantages, cluster.policy.layout, config.batching, config.train.seed)
             report = await cluster.policy.update(batch, algorithm.loss)
         sinks.write(state.step, groups, trained, given, advantages, report, weights, spans)
         state = state.after(prompts=len(groups))

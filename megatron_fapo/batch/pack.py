@@ -10,8 +10,8 @@ from megatron_fapo.batch.settings import BatchSettings
 from megatron_fapo.errors import DataError
 from megatron_fapo.records import Floats, Group, Ints, Judged, MicroBatch, MiniBatch, StepBatch, floats, ints
 
-Advantages = Sequence[Sequence[Floats]]
-"""Per group, per rollout: [T], one a response token."""
+Advantages = Sequence[Sequence[Floats | None]]
+"""Per group, per rollout: [T], one a response token; None leaves the rollout out of the loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +88,11 @@ def make_supervised_batch(examples: Iterable[SupervisedExample], layout: Layout,
     return _minibatch(sequences, layout, settings.changed(skip_zero_advantage=False))
 
 
-def _sequences(group: Group, advantages: Sequence[Floats]) -> list[_Sequence]:
+def _sequences(group: Group, advantages: Sequence[Floats | None]) -> list[_Sequence]:
     if len(group) != len(advantages):
         raise DataError(f"{len(group)} rollouts but advantages of {len(advantages)}", prompt=group.prompt.id)
-    return [_sequence(group, judged, values) for judged, values in zip(group, advantages, strict=True)]
+    pairs = zip(group, advantages, strict=True)
+    return [_sequence(group, judged, values) for judged, values in pairs if values is not None]
 
 
 def _sequence(group: Group, judged: Judged, advantages: Floats) -> _Sequence:
@@ -126,6 +127,7 @@ def _minibatch(sequences: Sequence[_Sequence], layout: Layout, settings: BatchSe
     return MiniBatch(
         microbatches=tuple(tuple(_pack(columns[dp][m], filler) for dp in range(layout.dp)) for m in range(rows)),
         num_loss_tokens=num_loss_tokens,
+        num_sequences=sum(sequence.loss_tokens > 0 for sequence in sequences),
     )
 
 

@@ -91,7 +91,7 @@ def _sampler(
         judge=Judge(asker, rules),
         tokenizer=ChatTokenizer.load(Path(config.server("policy").model)),
         settings=rollout,
-        reward=config.algorithm.reward,
+        algorithm=config.algorithm,
         seed=config.train.seed,
         progress=watcher.landed,
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_fapo.algorithm.advantages import needs_verdict
-from megatron_fapo.algorithm.rewards import shaped
+from megatron_fapo.algorithm.rewards import flaw_penalty, shaped
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.errors import JudgeError
 from megatron_fapo.judge.ask import Asker
@@ -34,16 +34,16 @@ class Rules:
     max_tokens: int
     """The response limit, for overlong shaping."""
 
-    def matters(self, distinct_right: int, landed: Sequence[tuple[Rollout, Outcome]]) -> bool:
-        """Whether a verdict can change an advantage in a group with so many right solutions among what has landed."""
+    def matters(self, step: int, distinct_right: int, landed: Sequence[tuple[Rollout, Outcome]]) -> bool:
+        """Whether a verdict can change an advantage in a group of this step with so many right solutions so far."""
         reward = self.algorithm.reward
         lengths = [len(rollout.token_ids) for rollout, _ in landed]
         graded = any(outcome.score != (1.0 if outcome.right else -1.0) for _, outcome in landed)
         return not self.judge.skip or needs_verdict(
             distinct_right=distinct_right,
             group_size=self.group_size,
-            flaw_penalty=reward.flaw_penalty,
-            advantage=self.algorithm.advantage,
+            penalty=flaw_penalty(step, reward),
+            algorithm=self.algorithm,
             uneven=graded or shaped(lengths, self.max_tokens, reward.overlong),
         )
 
@@ -54,6 +54,7 @@ class GroupJudge:
 
     asker: Asker
     rules: Rules
+    step: int
     prompt: Prompt
     _landed: list[tuple[Rollout, Outcome]] = field(default_factory=list)
     _asked: dict[str, VerdictTask] = field(default_factory=dict)
@@ -86,7 +87,7 @@ class GroupJudge:
         for rollout, outcome in self._landed:
             if outcome.right:
                 right.setdefault(rollout.text, rollout)
-        if self.rules.matters(len(right), self._landed):
+        if self.rules.matters(self.step, len(right), self._landed):
             for text, rollout in right.items():
                 if text not in self._asked:
                     self._asked[text] = self._ask(rollout)
@@ -137,9 +138,9 @@ class Judge:
         self._rules = rules
         self._asked = self._failed = 0
 
-    def open(self, prompt: Prompt) -> GroupJudge | NoJudge:
+    def open(self, step: int, prompt: Prompt) -> GroupJudge | NoJudge:
         """A judge for one group."""
-        return NoJudge() if self._asker is None else GroupJudge(self._asker, self._rules, prompt)
+        return NoJudge() if self._asker is None else GroupJudge(self._asker, self._rules, step, prompt)
 
     def check(self, groups: Sequence[Group]) -> None:
         """Raise JudgeError when too many verdicts failed to trust the run.

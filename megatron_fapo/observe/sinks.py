@@ -64,7 +64,7 @@ class Sinks:
         groups: Sequence[Group],
         trained: Sequence[Group],
         rewards: Sequence[Floats],
-        advantages: Sequence[Sequence[Floats]],
+        advantages: Sequence[Sequence[Floats | None]],
         report: StepReport,
         weights: WeightVersion,
         spans: Spans,
@@ -81,7 +81,7 @@ class Sinks:
         self._judging = []
         ids = [judged.rollout.id for group in trained for judged in group]
         flat_rewards = [float(reward) for group in rewards for reward in group]
-        flat_advantages = [float(tokens.mean()) if len(tokens) else 0.0 for group in advantages for tokens in group]
+        flat_advantages = [_mean(tokens) for group in advantages for tokens in group]
         metrics = step_metrics(groups=groups, rewards=rewards, report=report, weights=weights, spans=spans)
         self._pass_on(
             StepRecord(
@@ -111,6 +111,11 @@ class Sinks:
     def _pass_on(self, record: StepRecord) -> None:
         for sink in self._sinks:
             sink.write(record)
+
+
+def _mean(advantages: Floats | None) -> float:
+    """Over the response's tokens; 0 for one that is empty or takes no part in the loss."""
+    return float(advantages.mean()) if advantages is not None and len(advantages) else 0.0
 
 
 @contextmanager

@@ -37,6 +37,10 @@ class Padded:
     """[N]"""
     behaviour: torch.Tensor
     """[N] log-probs under the behaviour policy."""
+    sequences: torch.Tensor
+    """[N] the row that each chosen token stands in."""
+    lengths: torch.Tensor
+    """[b] loss tokens of each whole sequence, over all context-parallel ranks."""
     places: Indices
     """[N] where those next tokens stand in the packed microbatch."""
     temperature: float
@@ -93,6 +97,8 @@ def pad(
         targets=tensor(batch.token_ids[places], torch.long),
         advantages=tensor(batch.advantages[places], torch.float32),
         behaviour=tensor(batch.logprobs[places], torch.float32),
+        sequences=tensor(chosen // tokens.shape[1], torch.long),
+        lengths=tensor(np.add.reduceat(batch.loss_mask, starts), torch.long),
         places=places,
         temperature=batch.temperature,
         real_tokens=int(inside.sum()),

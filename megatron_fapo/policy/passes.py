@@ -38,13 +38,11 @@ class Totals:
     """Token positions computed, padding included."""
 
 
-def forward_backward(
-    model: Model, microbatches: Sequence[Padded], loss_function: LossFunction, num_loss_tokens: int
-) -> Totals:
-    """Accumulate the gradient of sum(loss) / num_loss_tokens over all ranks. Collective.
+def forward_backward(model: Model, microbatches: Sequence[Padded], loss_function: LossFunction, divisor: int) -> Totals:
+    """Accumulate the gradient of sum(loss) / divisor over all ranks. Collective.
 
-    The division by the tokens of the *global* mini-batch happens here, in each microbatch's own loss; Megatron
-    then only sums gradients, so the result does not depend on how sequences were dealt to ranks.
+    The division by what the *global* mini-batch has happens here, in each microbatch's own loss; Megatron then only
+    sums gradients, so the result does not depend on how sequences were dealt to ranks.
     """
 
     def loss(padded: Padded, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,7 +52,7 @@ def forward_backward(
             gap = (found.logprobs - padded.behaviour).abs()
             sums = [losses.loss.sum(), losses.clipped.sum(), losses.kl.sum(), found.entropy.sum(), gap.sum()]
             seen = torch.stack([*sums, gap.max() if len(gap) else gap.sum()])
-        return losses.loss.sum() / num_loss_tokens, _ONE, seen
+        return losses.loss.sum() / divisor, _ONE, seen
 
     seen = _schedule(model, microbatches, loss, forward_only=False)
     return _totals(seen, microbatches)

@@ -16,13 +16,14 @@ from megatron_fapo.compat.device import Device, current  # before torch and mega
 import torch.distributed as dist  # isort: skip
 from megatron.core import parallel_state
 
-from megatron_fapo.algorithm.losses import TokenLosses, ppo_loss, supervised_loss
+from megatron_fapo.algorithm.losses import TokenLosses, denominator, policy_loss, supervised_loss
 from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.errors import Diverged, PolicyError
 from megatron_fapo.policy import checkpoint, export, forward, passes
 from megatron_fapo.policy.forward import Padded, Scores
 from megatron_fapo.policy.model import Model, build, connect
+from megatron_fapo.policy.objective import loss_tokens
 from megatron_fapo.policy.schedule import learning_rate
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.records import (
@@ -96,10 +97,13 @@ class PolicyRank:
         reports = []
 
         def loss_function(scores: Scores, padded: Padded) -> TokenLosses:
-            return ppo_loss(scores.logprobs, padded.behaviour, padded.advantages, loss)
+            return policy_loss(loss_tokens(scores, padded), loss)
 
         for number, (minibatch, column) in enumerate(zip(batch.minibatches, columns, strict=True)):
-            report, totals = self._optimize(column, loss_function, minibatch.num_loss_tokens, batch.step)
+            divisor = denominator(
+                loss, num_loss_tokens=minibatch.num_loss_tokens, num_sequences=minibatch.num_sequences
+            )
+            report, totals = self._optimize(column, loss_function, minibatch.num_loss_tokens, divisor, batch.step)
             reports.append(report)
             if number == 0 and not rescored:
                 gap, gap_max = totals.mismatch / max(totals.chosen, 1), totals.mismatch_max
@@ -118,7 +122,8 @@ class PolicyRank:
         def loss_function(scores: Scores, padded: Padded) -> TokenLosses:
             return supervised_loss(scores.logprobs)
 
-        return self._optimize(self._column(minibatch), loss_function, minibatch.num_loss_tokens, None)[0]
+        tokens = minibatch.num_loss_tokens
+        return self._optimize(self._column(minibatch), loss_function, tokens, tokens, None)[0]
 
     def score(self, microbatches: Sequence[Sequence[MicroBatch]]) -> tuple[Floats, ...]:
         """Log-probs of every token at the microbatch's temperature, under the current weights. Collective.
@@ -176,9 +181,14 @@ class PolicyRank:
         return fresh, gap, gap_max
 
     def _optimize(
-        self, column: list[Padded], loss_function: passes.LossFunction, num_loss_tokens: int, step: int | None
+        self,
+        column: list[Padded],
+        loss_function: passes.LossFunction,
+        num_loss_tokens: int,
+        divisor: int,
+        step: int | None,
     ) -> tuple[UpdateReport, passes.Totals]:
-        """One optimizer step."""
+        """One optimizer step on the sum of the losses by `divisor`."""
         model, optimizer = self.model, self.model.optimizer
         rate = learning_rate(self._updates, self.settings.optimizer)
         where = {"rank": dist.get_rank(), "update": self._updates} | ({} if step is None else {"step": step})
@@ -189,7 +199,7 @@ class PolicyRank:
             for chunk in model.parallel:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
-            totals = passes.forward_backward(model, column, loss_function, num_loss_tokens)
+            totals = passes.forward_backward(model, column, loss_function, divisor)
             if not math.isfinite(totals.loss):
                 raise Diverged(f"the loss is {totals.loss}; continue from a checkpoint with a lower rate", **where)
             _, norm, _ = optimizer.step()
@@ -197,7 +207,7 @@ class PolicyRank:
             raise Diverged(f"the gradient norm is {norm}; continue from a checkpoint with a lower rate", **where)
         self._updates += 1
         report = UpdateReport(
-            loss=totals.loss / num_loss_tokens,
+            loss=totals.loss / divisor,
             grad_norm=float(norm),
             learning_rate=rate,
             clipped_share=totals.clipped / num_loss_tokens,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from megatron_fapo.algorithm.rewards import usable
-from megatron_fapo.algorithm.settings import RewardSettings
+from megatron_fapo.algorithm.settings import AlgorithmSettings
+from megatron_fapo.critique.paragraphs import paragraph_spans, token_spans
 from megatron_fapo.errors import DataError, JudgeError, ServerError
 from megatron_fapo.judge.ask import ChatCodec
 from megatron_fapo.judge.judge import Judge
@@ -15,9 +16,11 @@ from megatron_fapo.records import (
     GenerationRequest,
     Group,
     Judged,
+    NotJudged,
     Prompt,
     Rollout,
     Sampling,
+    Verdict,
 )
 from megatron_fapo.rollout.settings import RolloutSettings
 from megatron_fapo.serving.interface import Generator
@@ -40,7 +43,7 @@ class Sampler:
         judge: Judge,
         tokenizer: ChatCodec,
         settings: RolloutSettings,
-        reward: RewardSettings,
+        algorithm: AlgorithmSettings,
         seed: int,
         progress: Callable[[int], None] = lambda rollouts: None,
     ) -> None:
@@ -49,7 +52,7 @@ class Sampler:
         self._judge = judge
         self._tokenizer = tokenizer
         self._settings = settings
-        self._reward = reward
+        self._algorithm = algorithm
         self._seed = seed
         self._progress = progress
 
@@ -60,7 +63,7 @@ class Sampler:
         """
         prompts = [self._task.prompt(cursor + offset) for offset in range(self._settings.prompts_per_step)]
         groups = await self.sample(step, prompts)
-        if not any(usable(group, self._reward) for group in groups):
+        if not any(usable(group, self._algorithm.reward) for group in groups):
             raise JudgeError(
                 f"each of the {len(groups)} groups has a failed verdict and algorithm.reward.failed_verdict is "
                 "drop_group, so nothing is left to train on; look at the judge server's log",
@@ -85,7 +88,7 @@ class Sampler:
 
     async def _group(self, step: int, prompt: Prompt) -> Group:
         request = self._request(step, prompt)
-        judge = self._judge.open(prompt)
+        judge = self._judge.open(step, prompt)
         landed: dict[str, tuple[Rollout, asyncio.Task[None]]] = {}
         outcomes = {}
 
@@ -117,10 +120,19 @@ class Sampler:
                     outcome=outcomes[rollout.id],
                     verdict=verdicts[rollout.id],
                     oracle=self._task.oracle(prompt, rollout.text) if outcomes[rollout.id].right else None,
+                    wrong_from=self._wrong_from(rollout, verdicts[rollout.id]),
                 )
                 for rollout in rollouts
             ),
         )
+
+    def _wrong_from(self, rollout: Rollout, verdict: Verdict | NotJudged) -> int | None:
+        """The first token of the paragraph that is wrong, where the advantage needs it: it costs some decoding."""
+        wanted = self._algorithm.advantage.flaw == "first_wrong_step"
+        if not wanted or not isinstance(verdict, Verdict) or not verdict.flawed:
+            return None
+        span = paragraph_spans(rollout.text)[verdict.first_wrong]
+        return token_spans(rollout.token_ids, self._tokenizer.decode, [span])[0][0]
 
     def _request(self, step: int, prompt: Prompt) -> GenerationRequest:
         ids = tuple(f"s{step}-{prompt.id}-r{index}" for index in range(self._settings.group_size))

@@ -4,14 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_fapo.algorithm import theory
-from megatron_fapo.algorithm.advantages import group_advantage, needs_verdict, token_advantages
+from megatron_fapo.algorithm.advantages import step_advantages
 from megatron_fapo.algorithm.rewards import overlong_penalty, rewards, shaped, usable
-from megatron_fapo.algorithm.settings import AdvantageSettings, OverlongSettings, RewardSettings
-from megatron_fapo.records import floats
+from megatron_fapo.algorithm.settings import AdvantageSettings, AlgorithmSettings, OverlongSettings, RewardSettings
 from tests.builders import FAILED, make_group
 
 GRPO = AdvantageSettings()
@@ -19,16 +18,23 @@ classes = st.lists(st.sampled_from(["clean", "flawed", "wrong"]), min_size=2, ma
 penalties = st.floats(0.05, 1.95)
 
 
+def with_reward(**reward) -> AlgorithmSettings:
+    return AlgorithmSettings(reward=RewardSettings(**reward))
+
+
 def advantage(kinds: list[str], flaw_penalty: float, settings: AdvantageSettings = GRPO) -> np.ndarray:
-    reward = RewardSettings(flaw_penalty=flaw_penalty)
-    return group_advantage(rewards(make_group(kinds), reward, max_tokens=100), settings)
+    """[n] of each rollout's first token."""
+    algorithm = AlgorithmSettings(reward=RewardSettings(flaw_penalty=flaw_penalty), advantage=settings)
+    group = make_group(kinds)
+    (found,) = step_advantages([group], [rewards(group, algorithm, max_tokens=100)], algorithm, max_tokens=100)
+    return np.array([tokens[0] for tokens in found])
 
 
 def test_rewards_of_equation_8():
     group = make_group(["clean", "flawed", "wrong", "skipped"])
-    np.testing.assert_array_equal(rewards(group, RewardSettings(), max_tokens=100), [1, 0, -1, 1])
+    np.testing.assert_array_equal(rewards(group, AlgorithmSettings(), max_tokens=100), [1, 0, -1, 1])
     np.testing.assert_allclose(
-        rewards(group, RewardSettings(flaw_penalty=4 / 3), max_tokens=100), [1, -1 / 3, -1, 1], rtol=1e-6
+        rewards(group, with_reward(flaw_penalty=4 / 3), max_tokens=100), [1, -1 / 3, -1, 1], rtol=1e-6
     )
 
 
@@ -37,7 +43,7 @@ def test_a_failed_verdict_becomes_what_the_config_says(choice, expected):
     settings = RewardSettings(failed_verdict=choice)
     group = make_group([FAILED, "wrong"])
     assert usable(group, settings)
-    np.testing.assert_array_equal(rewards(group, settings, max_tokens=100), expected)
+    np.testing.assert_array_equal(rewards(group, AlgorithmSettings(reward=settings), max_tokens=100), expected)
 
 
 def test_a_group_with_a_failed_verdict_is_dropped_by_default():
@@ -85,7 +91,7 @@ def test_a_flawed_positive_turns_negative_exactly_above_the_shift(kinds, flaw_pe
 
 @given(classes, st.floats(0.0, 3.0))
 def test_mean_and_variance_match_the_appendix(kinds, flaw_penalty):
-    values = rewards(make_group(kinds), RewardSettings(flaw_penalty=flaw_penalty), max_tokens=100).astype(float)
+    values = rewards(make_group(kinds), with_reward(flaw_penalty=flaw_penalty), max_tokens=100).astype(float)
     beta, gamma = kinds.count("wrong") / len(kinds), kinds.count("flawed") / len(kinds)
     assert values.mean() == pytest.approx(theory.mean_reward(beta, gamma, flaw_penalty), abs=1e-5)
     assert values.var() == pytest.approx(theory.reward_variance(beta, gamma, flaw_penalty), abs=1e-5)
@@ -115,43 +121,3 @@ def test_lambda_and_shift_are_inverse():
     for rho in (0.5, 1.0, 2.0):
         assert theory.shift(theory.flaw_penalty_for(rho)) == pytest.approx(rho)
     assert theory.shift(0.0) == math.inf
-
-
-@given(st.integers(2, 64), st.integers(1, 64), st.floats(0.01, 3.0), st.sampled_from([1e-8, 1e-6, 1e-4]))
-@example(8, 1, 1.0, 1e-6)
-@example(16, 1, 1.99, 1e-6)
-def test_verdicts_are_skipped_only_where_that_is_lossless(size, right, flaw_penalty, epsilon):
-    """All right rollouts share one solution, so one verdict decides for all of them."""
-    right = min(right, size)
-    settings = AdvantageSettings(epsilon=epsilon)
-    asked = needs_verdict(
-        distinct_right=1, group_size=size, flaw_penalty=flaw_penalty, advantage=settings, uneven=False
-    )
-    clean = advantage(["clean"] * right + ["wrong"] * (size - right), flaw_penalty, settings)
-    flawed = advantage(["flawed"] * right + ["wrong"] * (size - right), flaw_penalty, settings)
-    if not asked:
-        np.testing.assert_allclose(flawed, clean, rtol=1e-5)
-
-
-def test_the_default_skips_one_right_answer_and_asks_for_two():
-    common = {"group_size": 8, "flaw_penalty": 1.0, "uneven": False}
-    assert not needs_verdict(distinct_right=0, advantage=GRPO, **common)
-    assert not needs_verdict(distinct_right=1, advantage=GRPO, **common)
-    assert needs_verdict(distinct_right=2, advantage=GRPO, **common)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"uneven": True}, {"flaw_penalty": 2.0}, {"advantage": AdvantageSettings(normalise_by_std=False)}],
-    ids=["shaping or grades", "large penalty", "no std"],
-)
-def test_the_skip_switches_itself_off_where_it_would_lose_something(change):
-    common = {"group_size": 8, "flaw_penalty": 1.0, "uneven": False, "advantage": GRPO} | change
-    assert needs_verdict(distinct_right=1, **common)
-    assert not needs_verdict(distinct_right=0, **common)
-
-
-def test_token_advantages_repeat_the_rollouts_advantage():
-    first, second = token_advantages(floats([1.0, -1.0]), [3, 2], AdvantageSettings(normalise_by_std=False))
-    np.testing.assert_array_equal(first, [1, 1, 1])
-    np.testing.assert_array_equal(second, [-1, -1])

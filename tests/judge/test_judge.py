@@ -29,7 +29,7 @@ def judge_group(solutions, *, server=None, answers=None, settings=None, algorith
 
     async def work():
         asker = Asker(server, Words(), settings, LoopClock(), seed=1)
-        judge = Judge(asker, rules(settings, algorithm, len(solutions))).open(PROMPT)
+        judge = Judge(asker, rules(settings, algorithm, len(solutions))).open(0, PROMPT)
         for number, text in enumerate(solutions):
             await LoopClock().sleep(gap)
             judge.add(make_rollout(f"r{number}", "p0", text or "nonsense"), _outcome(text is not None))
@@ -98,7 +98,7 @@ def test_probes_are_for_the_metrics_alone():
 def test_the_share_of_probes_is_the_configured_one(share):
     from megatron_fapo.judge.judge import GroupJudge
 
-    judge = GroupJudge(None, rules(JudgeSettings(probe_share=share)), PROMPT)
+    judge = GroupJudge(None, rules(JudgeSettings(probe_share=share)), 0, PROMPT)
     drawn = sum(judge._drawn(make_rollout(f"s0-p{i}-r0", "p")) for i in range(500))
     assert abs(drawn / 500 - share) < 0.1
 
@@ -205,13 +205,13 @@ def test_a_graded_task_is_judged_where_a_skip_would_lose_something():
     right = (make_rollout("r0", "p0", "one"), _outcome(True))
     wrong = (make_rollout("r1", "p0", "two"), _outcome(False))
     graded = (make_rollout("r2", "p0", "three"), Outcome(right=False, score=0.75, answer="", why=""))
-    assert not rules(JudgeSettings()).matters(1, [right, wrong])
-    assert rules(JudgeSettings()).matters(1, [right, wrong, graded])
+    assert not rules(JudgeSettings()).matters(0, 1, [right, wrong])
+    assert rules(JudgeSettings()).matters(0, 1, [right, wrong, graded])
 
 
 def test_without_a_judge_right_rollouts_are_not_judged():
     async def work():
-        judge = Judge(None, rules(JudgeSettings())).open(PROMPT)
+        judge = Judge(None, rules(JudgeSettings())).open(0, PROMPT)
         judge.add(make_rollout("r0", "p0"), _outcome(True))
         judge.add(make_rollout("r1", "p0"), _outcome(False))
         return await judge.verdicts()

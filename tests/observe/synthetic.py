@@ -3,7 +3,7 @@
 from pathlib import Path
 from random import Random
 
-from megatron_fapo.algorithm.advantages import token_advantages
+from megatron_fapo.algorithm.advantages import step_advantages
 from megatron_fapo.algorithm.rewards import rewards, usable
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.config import Config, dump_config, read_config
@@ -184,11 +184,8 @@ def write_step(
             sinks.judged(clock.time - 0.5, clock.time + 0.2)
         clock.time += 0.2
     trained = [group for group in groups if usable(group, algorithm.reward)]
-    given = [rewards(group, algorithm.reward, max_tokens=64) for group in trained]
-    advantages = [
-        token_advantages(reward, [len(j.rollout.token_ids) for j in group], algorithm.advantage)
-        for group, reward in zip(trained, given, strict=True)
-    ]
+    given = [rewards(group, algorithm, max_tokens=64) for group in trained]
+    advantages = step_advantages(trained, given, algorithm, max_tokens=64)
     with sinks.phase("update", spans):
         clock.time += 1.2 + 0.2 * rng.random()
     weights = WeightVersion(step=step, checksum="c", tensors=1, nbytes=4)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_fapo.algorithm.settings import AlgorithmSettings, RewardSettings
+from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.errors import DataError, JudgeError, ServerError, ServerUnreachable, TaskError
 from megatron_fapo.judge.ask import Asker
 from megatron_fapo.judge.judge import Judge, Rules
@@ -50,7 +50,7 @@ def sample(policy, judge_server, *, prompts=2, size=2, settings=None):
             judge=Judge(asker, rules),
             tokenizer=Words(),
             settings=rollout,
-            reward=RewardSettings(),
+            algorithm=AlgorithmSettings(),
             seed=1,
         )
         groups = await sampler.collect(step=4, cursor=10)
