@@ -253,6 +253,8 @@ class MiniBatch:
     """Loss tokens of the whole mini-batch: the denominator of the token mean, whatever the layout."""
     num_sequences: int
     """Sequences with loss tokens of the whole mini-batch: the denominator of the mean over sequences."""
+    imbalance: float = 1.0
+    """Largest over mean cost of the data-parallel ranks' sequences (`batch.balance`): they all wait for the largest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,6 +287,8 @@ class UpdateReport:
     """Inputs that went through the model: every token of a sequence but its last."""
     padded_tokens: int
     """Token positions computed, padding included."""
+    imbalance: float = 1.0
+    """Largest over mean cost of the data-parallel ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """How many ranks a model is spread over, and along which axes."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -19,6 +20,13 @@ class Layout:
     """Sequence parallel: tensor-parallel ranks share positions between the matrices."""
     vpp: int = 1
     """Virtual pipeline: groups of layers on each pipeline rank."""
+
+    packed: bool = False
+    """Sequences lie end to end and attention knows their bounds; otherwise each has a row, padded at its end."""
+    total_multiple: int = 1
+    """A packed row is padded to a multiple of this by a sequence without loss."""
+    crossover: float = math.inf
+    """Length at which attention costs this model as much as everything else (`balance.crossover`)."""
 
     @property
     def world(self) -> int:

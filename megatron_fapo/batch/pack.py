@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_fapo.batch.balance import balanced, cost, imbalance, into_bins
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.batch.settings import BatchSettings
 from megatron_fapo.errors import DataError
@@ -119,15 +120,19 @@ def _minibatch(sequences: Sequence[_Sequence], layout: Layout, settings: BatchSe
     if len(temperatures) > 1:
         raise DataError(f"rollouts of one mini-batch were drawn at temperatures {sorted(temperatures)}")
     working = _working(sequences) if settings.skip_zero_advantage else list(sequences)
-    columns = [_cut(column, settings.tokens_per_microbatch) for column in _deal(working, layout.dp)]
+    hands = _deal(working, layout)
+    columns = [_cut(hand, layout, settings.tokens_per_microbatch) for hand in hands]
     rows = max(len(column) for column in columns)
     rows += -rows % layout.microbatch_multiple
+    if layout.packed:
+        columns = [_cut(hand, layout, settings.tokens_per_microbatch, least=rows) for hand in hands]
     columns = [_lengthen(column, rows) for column in columns]
     filler = min(sequences, key=len)
     return MiniBatch(
         microbatches=tuple(tuple(_pack(columns[dp][m], filler) for dp in range(layout.dp)) for m in range(rows)),
         num_loss_tokens=num_loss_tokens,
         num_sequences=sum(sequence.loss_tokens > 0 for sequence in sequences),
+        imbalance=imbalance([sum(cost(len(s), layout.crossover) for s in hand) for hand in hands]),
     )
 
 
@@ -137,22 +142,28 @@ def _working(sequences: Sequence[_Sequence]) -> list[_Sequence]:
     return working or [min((s for s in sequences if s.loss_tokens), key=len)]
 
 
-def _deal(sequences: Iterable[_Sequence], ranks: int) -> list[list[_Sequence]]:
-    """Sequences for each rank, longest first. Dealt there and back, so that sums of lengths *and* of their squares
-    (attention) are near each other, and the m-th microbatches of all ranks have like shapes."""
-    hands: list[list[_Sequence]] = [[] for _ in range(ranks)]
-    for place, sequence in enumerate(sorted(sequences, key=lambda s: (-len(s), s.id))):
-        turn, seat = divmod(place, ranks)
-        hands[seat if turn % 2 == 0 else ranks - 1 - seat].append(sequence)
-    return hands
+def _deal(sequences: Sequence[_Sequence], layout: Layout) -> list[list[_Sequence]]:
+    """Sequences for each data-parallel rank, of nearly equal costs; a rank's own longest first."""
+    ordered = sorted(sequences, key=lambda s: (-len(s), s.id))
+    costs = [cost(len(sequence), layout.crossover) for sequence in ordered]
+    return [[ordered[index] for index in part] for part in balanced(costs, layout.dp)]
 
 
-def _cut(sequences: Sequence[_Sequence], budget: int) -> list[list[_Sequence]]:
-    """Microbatches of neighbours in length; the first, longest row says how many fit into the budget."""
+def _cut(sequences: Sequence[_Sequence], layout: Layout, budget: int, least: int = 1) -> list[list[_Sequence]]:
+    """Microbatches whose token positions, padding included, are within the budget; a longer sequence is alone.
+
+    `sequences` come longest first. In rows, a microbatch holds neighbours in length, and its first says how many fit.
+    Packed, any sequences go together, and the microbatches have nearly equal costs.
+    """
+    sizes = [len(sequence) + -len(sequence) % layout.length_multiple for sequence in sequences]
+    if layout.packed:
+        costs = [cost(len(sequence), layout.crossover) for sequence in sequences]
+        bins = into_bins(sizes, costs, max(budget - budget % layout.total_multiple, 1), least)
+        return [[sequences[index] for index in part] for part in bins]
     microbatches: list[list[_Sequence]] = []
     start = 0
     while start < len(sequences):
-        fitting = max(1, budget // len(sequences[start]))
+        fitting = max(1, budget // sizes[start])
         microbatches.append(list(sequences[start : start + fitting]))
         start += fitting
     return microbatches

@@ -94,6 +94,7 @@ METRICS: tuple[Metric, ...] = (
     *_plain("nats", train__kl="k3 estimate of KL(behaviour ‖ current), mean over updates."),
     *_plain("nats", train__entropy="Entropy of the policy at the sampling temperature, mean over updates."),
     *_plain("tokens", train__loss_tokens="Tokens in the loss."),
+    *_plain("", train__imbalance="Largest over mean cost of the data-parallel ranks, largest over updates."),
     *_plain("share", train__padding_share="Token positions computed that hold padding."),
     *_plain(
         "nats",

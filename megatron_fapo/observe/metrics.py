@@ -229,6 +229,7 @@ def _update_metrics(report: StepReport) -> Metrics:
         "train/kl": _mean([update.kl_behaviour for update in updates]),
         "train/entropy": _mean([update.entropy for update in updates if update.entropy is not None]),
         "train/loss_tokens": float(sum(update.loss_tokens for update in updates)),
+        "train/imbalance": max(update.imbalance for update in updates),
         "train/padding_share": 1.0 - share(sum(u.tokens for u in updates), sum(u.padded_tokens for u in updates)),
     }
 

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from transformers import AutoConfig
 
+from megatron_fapo.batch.balance import crossover
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.compat.bridge import make_bridge
 from megatron_fapo.errors import ConfigError, DataError
@@ -136,6 +137,20 @@ def _projection(vocabulary: int, settings: PolicySettings) -> Projection:
     shard = -(-vocabulary // settings.parallel.tensor)
     chunk = max(settings.logits_megabytes * 2**20 // (4 * shard), 1)
     return Projection(vocabulary=vocabulary, chunk=chunk, entropy=settings.entropy)
+
+
+def crossover_of(model: Model) -> float:
+    """Length at which attention costs the model as much as everything else, from Megatron's own shapes."""
+    config = model.config
+    return crossover(
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        groups=config.num_query_groups,
+        head_dim=config.kv_channels,
+        mlp=config.moe_router_topk * config.moe_ffn_hidden_size if config.num_moe_experts else config.ffn_hidden_size,
+        vocabulary=model.projection.vocabulary,
+    )
 
 
 def check_layout(hf_config: Any, settings: PolicySettings) -> None:

@@ -22,7 +22,7 @@ from megatron_fapo.batch.layout import Layout
 from megatron_fapo.errors import Diverged, PolicyError
 from megatron_fapo.policy import checkpoint, export, forward, passes
 from megatron_fapo.policy.forward import Padded, Scores
-from megatron_fapo.policy.model import Model, build, connect
+from megatron_fapo.policy.model import Model, build, connect, crossover_of
 from megatron_fapo.policy.objective import loss_tokens
 from megatron_fapo.policy.schedule import learning_rate
 from megatron_fapo.policy.settings import PolicySettings
@@ -70,6 +70,7 @@ class PolicyRank:
             raise PolicyError(f"the ranks did not meet at {address}:{port}: {error}", rank=rank) from error
         with self.device.active():
             self._model = build(settings, self.device)
+        self._layout = dataclasses.replace(self._layout, crossover=crossover_of(self._model))
         self._settings, self._updates, self._export = settings, 0, None
         return self._layout
 
@@ -103,7 +104,7 @@ class PolicyRank:
             divisor = denominator(
                 loss, num_loss_tokens=minibatch.num_loss_tokens, num_sequences=minibatch.num_sequences
             )
-            report, totals = self._optimize(column, loss_function, minibatch.num_loss_tokens, divisor, batch.step)
+            report, totals = self._optimize(column, loss_function, minibatch, divisor, batch.step)
             reports.append(report)
             if number == 0 and not rescored:
                 gap, gap_max = totals.mismatch / max(totals.chosen, 1), totals.mismatch_max
@@ -122,8 +123,7 @@ class PolicyRank:
         def loss_function(scores: Scores, padded: Padded) -> TokenLosses:
             return supervised_loss(scores.logprobs)
 
-        tokens = minibatch.num_loss_tokens
-        return self._optimize(self._column(minibatch), loss_function, tokens, tokens, None)[0]
+        return self._optimize(self._column(minibatch), loss_function, minibatch, minibatch.num_loss_tokens, None)[0]
 
     def score(self, microbatches: Sequence[Sequence[MicroBatch]]) -> tuple[Floats, ...]:
         """Log-probs of every token at the microbatch's temperature, under the current weights. Collective.
@@ -184,12 +184,12 @@ class PolicyRank:
         self,
         column: list[Padded],
         loss_function: passes.LossFunction,
-        num_loss_tokens: int,
+        minibatch: MiniBatch,
         divisor: int,
         step: int | None,
     ) -> tuple[UpdateReport, passes.Totals]:
         """One optimizer step on the sum of the losses by `divisor`."""
-        model, optimizer = self.model, self.model.optimizer
+        model, optimizer, num_loss_tokens = self.model, self.model.optimizer, minibatch.num_loss_tokens
         rate = learning_rate(self._updates, self.settings.optimizer)
         where = {"rank": dist.get_rank(), "update": self._updates} | ({} if step is None else {"step": step})
         for group in optimizer.param_groups:
@@ -216,6 +216,7 @@ class PolicyRank:
             loss_tokens=num_loss_tokens,
             tokens=totals.tokens,
             padded_tokens=totals.positions,
+            imbalance=minibatch.imbalance,
         )
         return report, totals
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_fapo.batch.balance import cost
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.batch.pack import SupervisedExample, make_batch, make_supervised_batch
 from megatron_fapo.batch.settings import BatchSettings
@@ -73,26 +74,30 @@ shapes = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(shapes, st.integers(1, 3), st.integers(1, 4), st.integers(1, 120), st.integers(0, 5))
+layouts = st.builds(Layout, dp=st.integers(1, 3), cp=st.sampled_from([1, 2]), packed=st.booleans())
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes, layouts, st.integers(1, 4), st.integers(1, 120), st.integers(0, 5))
 def test_every_rollout_once_aligned_and_counted(
-    shapes: list[tuple[int, list[int]]], dp: int, updates: int, budget: int, seed: int
+    shapes: list[tuple[int, list[int]]], layout: Layout, updates: int, budget: int, seed: int
 ) -> None:
     groups = [group(n, prompt, responses) for n, (prompt, responses) in enumerate(shapes)]
     chosen = BatchSettings(updates=updates, tokens_per_microbatch=budget)
-    batch = make_batch(groups, ones(groups), Layout(dp=dp), chosen, seed)
+    batch = make_batch(groups, ones(groups), layout, chosen, seed)
 
     seen = sum((sequences(mini) for mini in batch.minibatches), Counter())
     assert seen == Counter(j.rollout.id for g in groups for j in g)
     assert len(batch.minibatches) == min(updates, len(groups))
     by_id = {j.rollout.id: (g, j.rollout) for g in groups for j in g}
     for mini in batch.minibatches:
-        assert all(len(row) == dp for row in mini.microbatches)
+        assert all(len(row) == layout.dp for row in mini.microbatches)
         masks = [micro.loss_mask.sum() for row in mini.microbatches for micro in row]
         assert mini.num_loss_tokens == sum(masks)
     for micro in micros(batch):
         lengths = np.diff(micro.bounds)
-        assert len(lengths) == 1 or lengths.max() * len(lengths) <= budget
+        padded = lengths + -lengths % layout.length_multiple
+        assert len(lengths) == 1 or (padded.sum() if layout.packed else padded.max() * len(lengths)) <= budget
         for name, start, end in zip(micro.ids, micro.bounds, micro.bounds[1:], strict=False):
             if not name:
                 assert (end - start, micro.loss_mask.sum()) == (1, 0)
@@ -137,16 +142,24 @@ def test_prompts_stay_together_and_their_order_follows_seed_and_step() -> None:
     assert prompts(0) != prompts(0, step=STEP + 1)
 
 
-def test_data_parallel_ranks_get_like_work() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_data_parallel_ranks_get_like_work(packed: bool) -> None:
     lengths = np.random.default_rng(0).integers(10, 200, 64).tolist()
     groups = [group(0, 5, lengths)]
-    batch = make_batch(groups, ones(groups), Layout(dp=4), BatchSettings(tokens_per_microbatch=800), 0)
-    columns = list(zip(*batch.minibatches[0].microbatches, strict=True))
-    for power in (1, 2):
-        work = [sum(float((np.diff(m.bounds) ** power).sum()) for m in column) for column in columns]
-        assert max(work) / min(work) < 1.05
-    padded = sum(np.diff(m.bounds).max() * len(m.ids) for m in micros(batch))
-    assert padded / sum(len(m.token_ids) for m in micros(batch)) < 1.25  # in the order given it would be 1.9
+    layout = Layout(dp=4, packed=packed, crossover=100.0)
+    (mini,) = make_batch(groups, ones(groups), layout, BatchSettings(tokens_per_microbatch=800), 0).minibatches
+    columns = list(zip(*mini.microbatches, strict=True))
+    work = [sum(cost(int(n), 100.0) for m in column for n in np.diff(m.bounds)) for column in columns]
+    assert max(work) / np.mean(work) == pytest.approx(mini.imbalance)
+    assert mini.imbalance < 1.01
+    every = [micro for column in columns for micro in column]
+    if packed:
+        assert max(len(micro.token_ids) for micro in every) <= 800
+        costs = [sum(cost(int(n), 100.0) for n in np.diff(micro.bounds)) for micro in every]
+        assert max(costs) / np.mean(costs) < 1.2
+    else:
+        padded = sum(np.diff(m.bounds).max() * len(m.ids) for m in every)
+        assert padded / sum(len(m.token_ids) for m in every) < 1.25  # in the order given it would be 1.9
 
 
 def test_oldest_version_travels() -> None:
