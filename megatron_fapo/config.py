@@ -99,14 +99,18 @@ class Config(Settings):
     @property
     def batching(self) -> BatchSettings:
         """`batch`, with nothing left out of the passes where the loss has a gradient without an advantage."""
-        return self.batch.changed(skip_zero_advantage=False) if self._always_computed() else self.batch
-
-    def _always_computed(self) -> bool:
-        return self.algorithm.loss.gradient_without_advantage
+        loss = self.algorithm.loss
+        return self.batch.changed(skip_zero_advantage=False) if loss.gradient_without_advantage else self.batch
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        problems = (self._layout_problem(), *self._server_problems(), *self._judge_problems(), self._batch_problem())
+        problems = (
+            self._layout_problem(),
+            *self._algorithm_problems(),
+            *self._server_problems(),
+            *self._judge_problems(),
+            self._batch_problem(),
+        )
         for problem in filter(None, problems):
             raise ValueError(problem)
         return self
@@ -122,6 +126,26 @@ class Config(Settings):
         if self.train.deterministic and not self.policy.deterministic:
             return "train.deterministic needs policy.deterministic"
         return ""
+
+    def _algorithm_problems(self) -> list[str]:
+        loss, advantage, reward, problems = self.algorithm.loss, self.algorithm.advantage, self.algorithm.reward, []
+        if loss.kl is not None and not self.policy.reference:
+            problems.append("algorithm.loss.kl needs policy.reference=true, which keeps the weights to stay near")
+        if loss.entropy_bonus and not self.policy.entropy:
+            problems.append("algorithm.loss.entropy_bonus needs policy.entropy=true")
+        if loss.importance is not None and self.policy.rescore == "never":
+            problems.append(
+                "algorithm.loss.importance needs policy.rescore=always (or when_stale): without Megatron's own "
+                "log-probs the ratio is to the engine's already, and there is nothing to correct"
+            )
+        if advantage.all_right == "agreed" and self.judge.votes == 1:
+            problems.append("algorithm.advantage.all_right = agreed needs judge.votes > 1: a single vote always agrees")
+        if reward.penalty == "soft" and self.judge.votes == 1 and not reward.correct_rates:
+            problems.append(
+                "algorithm.reward.penalty = soft needs judge.votes > 1 or algorithm.reward.correct_rates: "
+                "with one vote p is 0 or 1, which is penalty hard"
+            )
+        return problems
 
     def _batch_problem(self) -> str:
         rollout = self.rollout

@@ -270,7 +270,7 @@ class UpdateReport:
     """One optimizer step."""
 
     loss: float
-    """The objective, token mean over the global mini-batch."""
+    """The objective as `algorithm.loss.aggregation` averages it over the global mini-batch."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
@@ -289,6 +289,10 @@ class UpdateReport:
     """Token positions computed, padding included."""
     imbalance: float = 1.0
     """Largest over mean cost of the data-parallel ranks."""
+    kl_reference: float = 0.0
+    """Mean estimate of KL(current ‖ reference) over the same tokens; 0 without a KL penalty."""
+    truncated_share: float = 0.0
+    """Share of these tokens whose importance weight was cut at its cap; 0 without importance sampling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

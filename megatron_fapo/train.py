@@ -5,7 +5,7 @@ become rewards, rewards become advantages; the batch makes Megatron's updates.
 """
 
 from megatron_fapo.algorithm.advantages import step_advantages
-from megatron_fapo.algorithm.rewards import rewards, usable
+from megatron_fapo.algorithm.rewards import rewards
 from megatron_fapo.batch.pack import make_batch
 from megatron_fapo.cluster.cluster import Cluster
 from megatron_fapo.config import Config
@@ -30,7 +30,7 @@ async def train(config: Config, cluster: Cluster, state: RunState, sinks: Sinks)
             groups = await cluster.until_stopped(cluster.sampler.collect(state.step, state.cursor))
         if groups is None:
             break
-        trained = [group for group in groups if usable(group, algorithm.reward)]
+        trained = cluster.sampler.trainable(groups)
         limit = config.rollout.max_new_tokens
         given = [rewards(group, algorithm, max_tokens=limit) for group in trained]
         advantages = step_advantages(trained, given, algorithm, max_tokens=limit)

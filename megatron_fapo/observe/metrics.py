@@ -29,11 +29,12 @@ def step_metrics(
     report: StepReport,
     weights: WeightVersion,
     spans: Spans,
+    advantages: Mapping[str, float] | None = None,
 ) -> Metrics:
     """All metrics of one step.
 
-    `groups` are all groups of the step, `rewards` the arrays [n] of those that were trained on. Raises KeyError for
-    a name that the glossary does not declare.
+    `groups` are all groups of the step, `rewards` the arrays [n] of those that were trained on, `advantages` the mean
+    over its response by rollout id. Raises KeyError for a name that the glossary does not declare.
     """
     rollouts = [judged for group in groups for judged in group]
     lengths = [len(judged.rollout.token_ids) for judged in rollouts]
@@ -41,6 +42,7 @@ def step_metrics(
         {
             **_rollout_metrics(rollouts, lengths, weights),
             **_flaw_metrics(rollouts),
+            **_shift_metrics(rollouts, advantages or {}),
             **_judge_metrics(groups),
             **_composition_metrics(groups),
             "group/dropped": float(len(groups) - len(rewards)),
@@ -128,6 +130,15 @@ def _flaw_metrics(rollouts: Sequence[Judged]) -> Metrics:
         "flawed/judge": share(sum(verdict.flawed for verdict in verdicts), len(verdicts)),
         "flawed/unjudged_share": share(len(right) - len(verdicts), len(right)),
         "flawed/probes": share(sum(probe.flawed for probe in probes), len(probes)),
+    }
+
+
+def _shift_metrics(rollouts: Sequence[Judged], advantages: Mapping[str, float]) -> Metrics:
+    """How flagged right answers are treated: above ρ = 2/λ - 1 their advantage is negative."""
+    flagged = [advantages[j.rollout.id] for j in rollouts if j.flagged and j.rollout.id in advantages]
+    return {
+        "flawed/advantage": _mean(flagged),
+        "flawed/negative_share": share(sum(value < 0 for value in flagged), len(flagged)),
     }
 
 
@@ -228,6 +239,8 @@ def _update_metrics(report: StepReport) -> Metrics:
         "train/clipped_share": _mean([update.clipped_share for update in updates]),
         "train/kl": _mean([update.kl_behaviour for update in updates]),
         "train/entropy": _mean([update.entropy for update in updates if update.entropy is not None]),
+        "train/kl_reference": _mean([update.kl_reference for update in updates]),
+        "train/truncated_share": _mean([update.truncated_share for update in updates]),
         "train/loss_tokens": float(sum(update.loss_tokens for update in updates)),
         "train/imbalance": max(update.imbalance for update in updates),
         "train/padding_share": 1.0 - share(sum(u.tokens for u in updates), sum(u.padded_tokens for u in updates)),

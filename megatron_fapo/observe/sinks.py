@@ -82,14 +82,17 @@ class Sinks:
         ids = [judged.rollout.id for group in trained for judged in group]
         flat_rewards = [float(reward) for group in rewards for reward in group]
         flat_advantages = [_mean(tokens) for group in advantages for tokens in group]
-        metrics = step_metrics(groups=groups, rewards=rewards, report=report, weights=weights, spans=spans)
+        by_id = dict(zip(ids, flat_advantages, strict=True))
+        metrics = step_metrics(
+            groups=groups, rewards=rewards, report=report, weights=weights, spans=spans, advantages=by_id
+        )
         self._pass_on(
             StepRecord(
                 step=step,
                 metrics={**self._evaluated(step), **metrics},
                 groups=tuple(groups),
                 rewards=dict(zip(ids, flat_rewards, strict=True)),
-                advantages=dict(zip(ids, flat_advantages, strict=True)),
+                advantages=by_id,
             )
         )
 

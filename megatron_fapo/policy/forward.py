@@ -41,6 +41,10 @@ class Padded:
     """[N] the row that each chosen token stands in."""
     lengths: torch.Tensor
     """[b] loss tokens of each whole sequence, over all context-parallel ranks."""
+    reference: torch.Tensor | None
+    """[N] log-probs under the reference policy, where they were computed."""
+    sampled: torch.Tensor | None
+    """[N] the engine's log-probs, where Megatron's own stand in `behaviour` in their place."""
     places: Indices
     """[N] where those next tokens stand in the packed microbatch."""
     temperature: float
@@ -99,6 +103,8 @@ def pad(
         behaviour=tensor(batch.logprobs[places], torch.float32),
         sequences=tensor(chosen // tokens.shape[1], torch.long),
         lengths=tensor(np.add.reduceat(batch.loss_mask, starts), torch.long),
+        reference=None,
+        sampled=None,
         places=places,
         temperature=batch.temperature,
         real_tokens=int(inside.sum()),

@@ -15,6 +15,8 @@ def loss_tokens(scores: Scores, padded: Padded) -> Tokens:
         entropy=scores.entropy,
         behaviour=padded.behaviour,
         advantages=padded.advantages,
+        reference=padded.reference,
+        mismatch=torch.zeros_like(padded.behaviour) if padded.sampled is None else padded.behaviour - padded.sampled,
         sequences=Sequences(of=padded.sequences, lengths=padded.lengths, over_parts=_over_context),
     )
 

@@ -28,6 +28,8 @@ class Totals:
     clipped: float
     kl: float
     entropy: float
+    reference_kl: float
+    truncated: float
     chosen: int
     """Loss tokens that went through the model."""
     mismatch: float
@@ -50,8 +52,8 @@ def forward_backward(model: Model, microbatches: Sequence[Padded], loss_function
         losses = loss_function(found, padded)
         with torch.no_grad():
             gap = (found.logprobs - padded.behaviour).abs()
-            sums = [losses.loss.sum(), losses.clipped.sum(), losses.kl.sum(), found.entropy.sum(), gap.sum()]
-            seen = torch.stack([*sums, gap.max() if len(gap) else gap.sum()])
+            each = [losses.loss, losses.clipped, losses.kl, found.entropy, losses.reference_kl, losses.truncated, gap]
+            seen = torch.stack([*(values.sum() for values in each), gap.max() if len(gap) else gap.sum()])
         return losses.loss.sum() / divisor, _ONE, seen
 
     seen = _schedule(model, microbatches, loss, forward_only=False)
@@ -104,13 +106,13 @@ def _schedule(
 
 def _totals(seen: Sequence[torch.Tensor], microbatches: Sequence[Padded]) -> Totals:
     """Sum what the last stage saw over data- and context-parallel ranks; every rank returns the same."""
-    row = torch.zeros(9, dtype=torch.float64, device=microbatches[0].tokens.device)
+    row = torch.zeros(11, dtype=torch.float64, device=microbatches[0].tokens.device)
     if seen:
         table = torch.stack(list(seen)).double()
-        row[:5], row[5] = table[:, :5].sum(0), table[:, 5].max()
-    row[6] = sum(len(padded.chosen) for padded in microbatches)
-    row[7] = sum(padded.real_tokens for padded in microbatches)
-    row[8] = sum(padded.tokens.numel() for padded in microbatches)
+        row[:7], row[7] = table[:, :7].sum(0), table[:, 7].max()
+    row[8] = sum(len(padded.chosen) for padded in microbatches)
+    row[9] = sum(padded.real_tokens for padded in microbatches)
+    row[10] = sum(padded.tokens.numel() for padded in microbatches)
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     rows = [torch.empty_like(row) for _ in range(ranks)]
     if ranks > 1:
@@ -119,15 +121,17 @@ def _totals(seen: Sequence[torch.Tensor], microbatches: Sequence[Padded]) -> Tot
         rows = [row]
     table = torch.stack(rows)
     _broadcast_from_last_stage(table)
-    loss, clipped, kl, entropy, mismatch, _, chosen, tokens, positions = table.sum(0).tolist()
+    loss, clipped, kl, entropy, reference_kl, truncated, mismatch, _, chosen, tokens, positions = table.sum(0).tolist()
     return Totals(
         loss=loss,
         clipped=clipped,
         kl=kl,
         entropy=entropy,
+        reference_kl=reference_kl,
+        truncated=truncated,
         chosen=int(chosen),
         mismatch=mismatch,
-        mismatch_max=float(table[:, 5].max()),
+        mismatch_max=float(table[:, 7].max()),
         tokens=int(tokens),
         positions=int(positions),
     )

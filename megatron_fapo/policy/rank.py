@@ -24,6 +24,7 @@ from megatron_fapo.policy import checkpoint, export, forward, passes
 from megatron_fapo.policy.forward import Padded, Scores
 from megatron_fapo.policy.model import Model, build, connect, crossover_of
 from megatron_fapo.policy.objective import loss_tokens
+from megatron_fapo.policy.reference import Reference
 from megatron_fapo.policy.schedule import learning_rate
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.records import (
@@ -44,6 +45,7 @@ class PolicyRank:
         self.device: Device = current()
         self._settings: PolicySettings | None = None
         self._model: Model | None = None
+        self._reference: Reference | None = None
         self._layout = Layout()
         self._updates = 0
         self._export: export.Export | None = None
@@ -70,6 +72,7 @@ class PolicyRank:
             raise PolicyError(f"the ranks did not meet at {address}:{port}: {error}", rank=rank) from error
         with self.device.active():
             self._model = build(settings, self.device)
+            self._reference = Reference(self._model) if settings.reference else None
         self._layout = dataclasses.replace(self._layout, crossover=crossover_of(self._model))
         self._settings, self._updates, self._export = settings, 0, None
         return self._layout
@@ -95,6 +98,8 @@ class PolicyRank:
         gap = gap_max = 0.0
         if rescored:
             columns, gap, gap_max = self._rescore(columns)
+        if loss.kl is not None:
+            columns = self._with_reference(columns)
         reports = []
 
         def loss_function(scores: Scores, padded: Padded) -> TokenLosses:
@@ -177,8 +182,19 @@ class PolicyRank:
             values = passes.logprobs(self.model, flat)
             gap, gap_max = passes.mismatch(values, flat)
         again = iter(values)
-        fresh = [[dataclasses.replace(padded, behaviour=next(again)) for padded in column] for column in columns]
+        fresh = [
+            [dataclasses.replace(padded, behaviour=next(again), sampled=padded.behaviour) for padded in column]
+            for column in columns
+        ]
         return fresh, gap, gap_max
+
+    def _with_reference(self, columns: list[list[Padded]]) -> list[list[Padded]]:
+        """Log-probs under the reference policy beside the others."""
+        if self._reference is None:
+            raise PolicyError("a KL penalty (algorithm.loss.kl) needs policy.reference=true", rank=dist.get_rank())
+        with self.device.active(), self._reference.in_place(self.model):
+            values = iter(passes.logprobs(self.model, [padded for column in columns for padded in column]))
+        return [[dataclasses.replace(padded, reference=next(values)) for padded in column] for column in columns]
 
     def _optimize(
         self,
@@ -213,6 +229,8 @@ class PolicyRank:
             clipped_share=totals.clipped / num_loss_tokens,
             kl_behaviour=totals.kl / max(totals.chosen, 1),
             entropy=totals.entropy / max(totals.chosen, 1) if self.settings.entropy else None,
+            kl_reference=totals.reference_kl / max(totals.chosen, 1),
+            truncated_share=totals.truncated / max(totals.chosen, 1),
             loss_tokens=num_loss_tokens,
             tokens=totals.tokens,
             padded_tokens=totals.positions,

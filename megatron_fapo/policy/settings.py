@@ -100,6 +100,8 @@ class PolicySettings(Settings):
     rescore: Rescore = "never"
     """Whether behaviour log-probs are computed again by Megatron before the updates: `never` keeps those that were
     sampled, `when_stale` rescores a step in which a rollout has tokens of older weights, `always` every step."""
+    reference: bool = False
+    """Keep the starting weights in host memory as the reference policy of a KL penalty (`algorithm.loss.kl`)."""
     logits_megabytes: Annotated[int, Field(ge=1)] = 256
     """Most memory for the float32 logits of one rank: log-probs are computed over as many tokens at once as fit. A
     chunk and about three copies of it exist in the backward pass; more than one chunk computes the logits twice."""

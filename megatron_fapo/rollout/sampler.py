@@ -2,10 +2,11 @@
 
 import asyncio
 import hashlib
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from megatron_fapo.algorithm.rewards import usable
+from megatron_fapo.algorithm.rewards import informative, usable
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.critique.paragraphs import paragraph_spans, token_spans
 from megatron_fapo.errors import DataError, JudgeError, ServerError
@@ -59,10 +60,18 @@ class Sampler:
     async def collect(self, step: int, cursor: int) -> list[Group]:
         """The groups of a step: `prompts_per_step` prompts of the training stream from `cursor` on.
 
+        With dynamic sampling there may be more, all of them in the order of the stream: `trainable` says which count.
         Raises JudgeError when too many verdicts failed, or when no group is left to train on.
         """
-        prompts = [self._task.prompt(cursor + offset) for offset in range(self._settings.prompts_per_step)]
-        groups = await self.sample(step, prompts)
+        wanted = self._settings.prompts_per_step
+        groups = await self._draw(step, cursor, wanted)
+        for _ in range(self._settings.dynamic_sampling):
+            found = len(self._teaching(groups))
+            if found >= wanted:
+                break
+            # as many as the share so far says it takes
+            more = min(math.ceil((wanted - found) * len(groups) / max(found, 1)), wanted)
+            groups += await self._draw(step, cursor + len(groups), more)
         if not any(usable(group, self._algorithm.reward) for group in groups):
             raise JudgeError(
                 f"each of the {len(groups)} groups has a failed verdict and algorithm.reward.failed_verdict is "
@@ -70,6 +79,22 @@ class Sampler:
                 step=step,
             )
         return groups
+
+    def trainable(self, groups: Sequence[Group]) -> list[Group]:
+        """Those of a step's groups that the update uses: no failed verdict, and under dynamic sampling something to
+        teach, `prompts_per_step` at most. When dynamic sampling found none, those that it would have replaced."""
+        fit = [group for group in groups if usable(group, self._algorithm.reward)]
+        if not self._settings.dynamic_sampling:
+            return fit
+        return (self._teaching(fit) or fit)[: self._settings.prompts_per_step]
+
+    def _teaching(self, groups: Sequence[Group]) -> list[Group]:
+        algorithm, limit = self._algorithm, self._settings.max_new_tokens
+        fit = (group for group in groups if usable(group, algorithm.reward))
+        return [group for group in fit if informative(group, algorithm, max_tokens=limit)]
+
+    async def _draw(self, step: int, cursor: int, count: int) -> list[Group]:
+        return await self.sample(step, [self._task.prompt(cursor + offset) for offset in range(count)])
 
     async def sample(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
         """Groups of the given prompts, in their order.

@@ -18,6 +18,8 @@ class RolloutSettings(Settings):
     """Sampling temperature; the policy scores tokens at the same one, so training needs more than 0."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus of the policy's sampling."""
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """Rounds of further prompts that replace groups whose rewards are all equal (DAPO); 0 trains on what came."""
     max_prompt_tokens: Annotated[int, Field(gt=0)] = 2048
     """Longer prompts are refused by name."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 8192

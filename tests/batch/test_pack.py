@@ -188,3 +188,15 @@ def test_what_cannot_be_a_batch_is_refused_by_name() -> None:
         make_batch(mixed, ones(mixed), Layout(), BatchSettings(), 0)
     with pytest.raises(DataError, match="no loss token"):
         make_supervised_batch([], Layout(), BatchSettings())
+
+
+def test_what_is_left_out_of_the_loss_is_not_counted_and_what_is_skipped_is() -> None:
+    """None leaves a rollout out for good; an advantage of 0 only spares the pass. An empty response is no sequence."""
+    groups = [group(0, 3, [4, 2, 0]), group(1, 3, [5, 1])]
+    advantages: list[list[Floats | None]] = [list(row) for row in ones(groups, frozenset({f"s{STEP}-p0-r0"}))]
+    advantages[1][0] = None
+    batch = make_batch(groups, advantages, Layout(), BatchSettings(), seed=1)
+    (minibatch,) = batch.minibatches
+    assert set(sequences(minibatch)) == {f"s{STEP}-p0-r1", f"s{STEP}-p1-r1"}
+    assert minibatch.num_sequences == 3
+    assert minibatch.num_loss_tokens == 4 + 2 + 1

@@ -38,25 +38,53 @@ class Echo:
         return -1
 
 
-def sample(policy, judge_server, *, prompts=2, size=2, settings=None):
+def sampler_of(policy, judge_server, *, prompts=2, size=2, settings=None, algorithm=None):
+    algorithm = algorithm or AlgorithmSettings()
+    rollout = RolloutSettings(prompts_per_step=prompts, group_size=size, **(settings or {}))
+    judge_settings = JudgeSettings(probe_share=0.0)
+    rules = Rules(judge=judge_settings, algorithm=algorithm, group_size=size, max_tokens=100)
+    asker = Asker(judge_server, Words(), judge_settings, LoopClock(), seed=1)
+    return Sampler(
+        task=Echo(),
+        servers=policy,
+        judge=Judge(asker, rules),
+        tokenizer=Words(),
+        settings=rollout,
+        algorithm=algorithm,
+        seed=1,
+    )
+
+
+def sample(policy, judge_server, **settings):
     async def work():
-        rollout = RolloutSettings(prompts_per_step=prompts, group_size=size, **(settings or {}))
-        judge_settings = JudgeSettings(probe_share=0.0)
-        rules = Rules(judge=judge_settings, algorithm=AlgorithmSettings(), group_size=size, max_tokens=100)
-        asker = Asker(judge_server, Words(), judge_settings, LoopClock(), seed=1)
-        sampler = Sampler(
-            task=Echo(),
-            servers=policy,
-            judge=Judge(asker, rules),
-            tokenizer=Words(),
-            settings=rollout,
-            algorithm=AlgorithmSettings(),
-            seed=1,
-        )
+        sampler = sampler_of(policy, judge_server, **settings)
         groups = await sampler.collect(step=4, cursor=10)
         return groups, LoopClock().now()
 
     return run_virtual(work())
+
+
+def test_dynamic_sampling_replaces_groups_that_teach_nothing():
+    """Prompts 10, 11 and 12 are always right; from 13 on the second rollout is wrong."""
+
+    def policy(request, index):
+        number = int(request.ids[index].split("-")[1][1:])
+        return ("x" if number >= 13 and index == 1 else f"{number}"), 1.0
+
+    asked = {"dynamic_sampling": 3}
+    groups, _ = sample(ModelledServer(policy), ModelledServer(clean), prompts=2, settings=asked)
+    # two, two more since none taught, and two rather than four though so far only one in four taught
+    assert [group.prompt.id for group in groups] == ["p10", "p11", "p12", "p13", "p14", "p15"]
+    sampler = sampler_of(ModelledServer(policy), ModelledServer(clean), prompts=2, settings=asked)
+    assert [group.prompt.id for group in sampler.trainable(groups)] == ["p13", "p14"]
+
+
+def test_dynamic_sampling_gives_up_after_its_rounds_and_trains_on_what_it_has():
+    right = ModelledServer(lambda request, index: ("right", 1.0))
+    groups, _ = sample(right, ModelledServer(clean), prompts=2, settings={"dynamic_sampling": 2})
+    assert len(groups) == 6
+    sampler = sampler_of(right, ModelledServer(clean), prompts=2, settings={"dynamic_sampling": 2})
+    assert len(sampler.trainable(groups)) == 2
 
 
 def clean(request, index):
@@ -140,3 +168,14 @@ def test_seeds_differ_by_run_and_name_and_fit_31_bits():
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert ints([max(seeds)])[0] == max(seeds)
+
+
+def test_the_flagged_paragraph_is_found_among_the_tokens_where_the_penalty_needs_it():
+    """A token is a character here: the paragraph that the judge names begins at its first one."""
+    policy = ModelledServer(lambda request, index: (f"first {index}\n\nsecond one\n\nthird", 1.0))
+    flag = ModelledServer(lambda request, index: (r"\boxed{1}", 1.0))
+    by_token = AlgorithmSettings(advantage={"flaw": "first_wrong_step"})
+    groups, _ = sample(policy, flag, algorithm=by_token)
+    assert {judged.wrong_from for group in groups for judged in group} == {len("first 0\n\n")}
+    groups, _ = sample(policy, flag)
+    assert {judged.wrong_from for group in groups for judged in group} == {None}
