@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from megatron_fapo.cli import doctor, eval, report, serve, train
+from megatron_fapo.cli import bench_judge, doctor, eval, report, serve, train
 from megatron_fapo.errors import FapoError
 
 app = typer.Typer(
@@ -18,8 +18,8 @@ app = typer.Typer(
     add_completion=False,
     help="Reinforcement learning that makes reasoning models right for the right reasons: FAPO on Megatron-core.",
 )
-for command in (train, eval, serve, report, doctor):
-    app.command(name=command.__name__.rpartition(".")[2], epilog=command.EXAMPLE)(command.command)
+for command in (train, eval, serve, report, bench_judge, doctor):
+    app.command(name=command.__name__.rpartition(".")[2].replace("_", "-"), epilog=command.EXAMPLE)(command.command)
 
 
 def _print_version(asked: bool) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from megatron_fapo.critique.paragraphs import split
 from megatron_fapo.critique.prompt import judge_prompt
@@ -14,6 +14,8 @@ from megatron_fapo.judge.settings import JudgeSettings
 from megatron_fapo.records import GenerationRequest, Ints, Message, NotJudged, Prompt, Sampling, Verdict
 from megatron_fapo.serving.interface import Generator
 from megatron_fapo.trace import Clock
+
+VoteRule = Literal["majority", "agreement"]
 
 
 class ChatCodec(Protocol):
@@ -84,7 +86,7 @@ class Asker:
             except ServerError as error:
                 why = f"server: {error}"
                 continue
-            verdict, why = _count(texts, count, attempts.tokens)
+            verdict, why = count_votes(texts, count, attempts.tokens, self._settings.vote_rule)
             if verdict is not None:
                 return verdict
             if self._settings.temperature == 0.0:
@@ -124,11 +126,13 @@ class _Attempts:
     tokens = 0
 
 
-def _count(texts: list[tuple[str, bool]], count: int, tokens: int) -> tuple[Verdict | None, str]:
-    """The majority's verdict, or (None, why) when fewer than half of the votes are usable.
+def count_votes(
+    texts: Sequence[tuple[str, bool]], count: int, tokens: int, rule: VoteRule = "majority"
+) -> tuple[Verdict | None, str]:
+    """The verdict of (text, complete) votes, or (None, why) when fewer than half of them are usable.
 
-    Flagged or not is decided by majority, a tie counts as flagged; the index is the most frequent one among the
-    flagging votes, the earliest of equals.
+    Flagged or not is decided by the rule over the usable votes: by majority, where a tie counts as flagged, or by
+    agreement of all. The index is the most frequent one among the flagging votes, the earliest of equals.
     """
     votes: list[tuple[int, str]] = []
     problems = []
@@ -142,7 +146,7 @@ def _count(texts: list[tuple[str, bool]], count: int, tokens: int) -> tuple[Verd
         return None, problems[0] if problems else "no votes"
     flags = [index for index, _ in votes if index != -1]
     chosen = -1
-    if 2 * len(flags) >= len(votes):
+    if len(flags) == len(votes) or (rule == "majority" and 2 * len(flags) >= len(votes)):
         counts = Counter(flags)
         chosen = min(counts, key=lambda index: (-counts[index], index))
     words = next(text for index, text in votes if index == chosen)

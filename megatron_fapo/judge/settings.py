@@ -1,6 +1,6 @@
 """Settings of the judge (GenRM)."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -13,7 +13,9 @@ class JudgeSettings(Settings):
     enabled: bool = True
     """Off is plain GRPO: no judge server is started, no verdict asked."""
     votes: Annotated[int, Field(gt=0)] = 1
-    """Verdicts a solution; the majority decides."""
+    """Verdicts a solution."""
+    vote_rule: Literal["majority", "agreement"] = "majority"
+    """How votes decide: `majority` flags when at least half of them do, `agreement` when all of them do."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 is greedy; votes above 1 need more."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

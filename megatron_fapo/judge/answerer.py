@@ -1,0 +1,135 @@
+"""What a judge is asked through: one of our servers (token ids), or any OpenAI-compatible endpoint (messages)."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_fapo.errors import RequestRejected, ServerError, ServerUnreachable
+from megatron_fapo.records import GenerationRequest, Ints, Message, Sampling
+from megatron_fapo.serving.interface import Generator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One answer of a judge.  Example: `Answer(text="... \\boxed{-1}", complete=True, tokens=41)`."""
+
+    text: str
+    complete: bool
+    """Whether it ended by itself, and was not cut at the token limit."""
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """n answers to one chat: one id and one seed each."""
+
+    ids: tuple[str, ...]
+    seeds: tuple[int, ...]
+    messages: tuple[Message, ...]
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+
+
+class Answerer(Protocol):
+    """Something that answers chats. Its errors are `ServerError`s."""
+
+    def answers(self, question: Question) -> AsyncIterator[Answer]:
+        """Yield the answers, each as soon as it is there, in any order."""
+
+
+class ChatCodec(Protocol):
+    """The judge model's tokenizer."""
+
+    eos_ids: tuple[int, ...]
+
+    def encode_chat(self, messages: Sequence[Message]) -> Ints:
+        """[T] ids of a chat under the template, generation prompt included."""
+
+    def decode(self, token_ids: Ints) -> str:
+        """Text without special tokens."""
+
+
+class Served:
+    """A judge on generation servers of ours."""
+
+    def __init__(self, servers: Generator, tokenizer: ChatCodec) -> None:
+        self._servers = servers
+        self._tokenizer = tokenizer
+
+    async def answers(self, question: Question) -> AsyncIterator[Answer]:
+        """As `Answerer.answers`."""
+        request = GenerationRequest(
+            ids=question.ids,
+            token_ids=self._tokenizer.encode_chat(question.messages),
+            seeds=question.seeds,
+            sampling=Sampling(
+                temperature=question.temperature,
+                top_p=question.top_p,
+                max_new_tokens=question.max_new_tokens,
+                stop_token_ids=self._tokenizer.eos_ids,
+            ),
+        )
+        async for generation in self._servers.generate(request):
+            yield Answer(
+                text=self._tokenizer.decode(generation.token_ids),
+                complete=generation.finish_reason == "stop",
+                tokens=len(generation.token_ids),
+            )
+
+
+class OpenAI:
+    """A judge behind an OpenAI-compatible `/chat/completions`. Use as an asynchronous context manager."""
+
+    def __init__(self, url: str, model: str, api_key: str | None = None, *, timeout: float = 600.0) -> None:
+        self._url = f"{url.rstrip('/')}/chat/completions"
+        self._model = model
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._timeout = timeout
+        self._session: Any = None
+
+    async def __aenter__(self) -> "OpenAI":
+        import aiohttp
+
+        connector = aiohttp.TCPConnector(limit=0)
+        timeout = aiohttp.ClientTimeout(total=self._timeout)
+        self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=timeout)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def answers(self, question: Question) -> AsyncIterator[Answer]:
+        """As `Answerer.answers`; a request for each answer, since endpoints differ in what they make of `n`."""
+        for name, seed in zip(question.ids, question.seeds, strict=True):
+            yield await self._answer(question, name, seed)
+
+    async def _answer(self, question: Question, name: str, seed: int) -> Answer:
+        import aiohttp
+
+        body = {
+            "model": self._model,
+            "messages": [{"role": turn.role, "content": turn.content} for turn in question.messages],
+            "temperature": question.temperature,
+            "top_p": question.top_p,
+            "max_tokens": question.max_new_tokens,
+            "seed": seed,
+        }
+        try:
+            async with self._session.post(self._url, json=body) as response:
+                if response.status >= 400:
+                    said = (await response.text())[:200]
+                    kind = RequestRejected if response.status < 500 and response.status != 429 else ServerError
+                    raise kind(f"{self._url} answered {response.status}: {said}", request=name)
+                return _answer_in(await response.json(), self._url, name)
+        except (TimeoutError, aiohttp.ClientError, ValueError) as error:
+            raise ServerUnreachable(f"{self._url}: {type(error).__name__}: {error}", request=name) from None
+
+
+def _answer_in(body: Mapping[str, Any], url: str, name: str) -> Answer:
+    match body:
+        case {"choices": [{"message": {"content": str() | None as text}, "finish_reason": reason}, *_]}:
+            used = (body.get("usage") or {}).get("completion_tokens", 0)
+            return Answer(text=text or "", complete=reason == "stop", tokens=int(used))
+        case _:
+            raise ServerError(f"{url}: not a chat completion: {body!s:.200}", request=name)
