@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from megatron_fapo.compat import megatron_cpu, upstream  # before torch: it switches torch.compile off
 
+from megatron_fapo.compat import memory  # isort: skip
+
 import torch  # isort: skip
 
 
@@ -40,6 +42,8 @@ class Device:
     """Patches of the whole process, installed once before anything of Megatron is built."""
     active: Callable[[], AbstractContextManager[Any]]
     """Patches of a stretch of code: every call into Megatron runs inside `with device.active():`."""
+    memory: memory.Memory
+    """How tensors leave its memory for a while."""
 
     def torch_device(self) -> torch.device:
         """Where tensors live; on CUDA, the device that this process was given."""
@@ -65,6 +69,7 @@ CPU = Device(
     claim=_the_only_one,
     install=megatron_cpu.install,
     active=megatron_cpu.active,
+    memory=memory.CPU,
 )
 
 CUDA_PLAIN = Device(
@@ -76,6 +81,7 @@ CUDA_PLAIN = Device(
     claim=_claim_gpu,
     install=upstream.install,
     active=nullcontext,
+    memory=memory.CUDA,
 )
 """CUDA without Transformer Engine."""
 
@@ -88,6 +94,7 @@ CUDA = Device(
     claim=_claim_gpu,
     install=upstream.install,
     active=nullcontext,
+    memory=memory.CUDA,
 )
 
 

@@ -24,6 +24,7 @@ from megatron_fapo.policy import checkpoint, export, forward, passes
 from megatron_fapo.policy.forward import Padded, Scores
 from megatron_fapo.policy.model import Model, build, connect, crossover_of
 from megatron_fapo.policy.objective import loss_tokens
+from megatron_fapo.policy.offload import KINDS, Freed, Kind, Offload
 from megatron_fapo.policy.reference import Reference
 from megatron_fapo.policy.schedule import learning_rate
 from megatron_fapo.policy.settings import PolicySettings
@@ -49,6 +50,7 @@ class PolicyRank:
         self._layout = Layout()
         self._updates = 0
         self._export: export.Export | None = None
+        self._offload: Offload | None = None
 
     def address(self, host: str = "127.0.0.1") -> tuple[str, int]:
         """An address at which rank 0 can be met: `host` and a port that is free at this moment."""
@@ -74,6 +76,7 @@ class PolicyRank:
             self._model = build(settings, self.device)
             self._reference = Reference(self._model) if settings.reference else None
         self._layout = dataclasses.replace(self._layout, crossover=crossover_of(self._model))
+        self._offload = Offload(self._model, self.device)
         self._settings, self._updates, self._export = settings, 0, None
         return self._layout
 
@@ -150,6 +153,7 @@ class PolicyRank:
         """What `setup` built."""
         if self._model is None:
             raise PolicyError("setup() comes first")
+        self._away.need("parameters")
         return self._model
 
     @property
@@ -205,6 +209,7 @@ class PolicyRank:
         step: int | None,
     ) -> tuple[UpdateReport, passes.Totals]:
         """One optimizer step on the sum of the losses by `divisor`."""
+        self._away.need(*KINDS)
         model, optimizer, num_loss_tokens = self.model, self.model.optimizer, minibatch.num_loss_tokens
         rate = learning_rate(self._updates, self.settings.optimizer)
         where = {"rank": dist.get_rank(), "update": self._updates} | ({} if step is None else {"step": step})
@@ -261,10 +266,31 @@ class PolicyRank:
         with self.device.active():
             export.save_hf(self.model, self.settings.model, Path(folder))
 
+    # --- memory ----------------------------------------------------------------------------------------------
+
+    def offload(self, kinds: Sequence[Kind] = KINDS) -> Freed:
+        """Free the device's memory of these kinds until `onload`; bytes freed of each.
+
+        An export that is open ends. A verb that needs what is away raises PolicyError.
+        """
+        self._export = None
+        return self._away.out(kinds)
+
+    def onload(self, kinds: Sequence[Kind] = KINDS) -> Freed:
+        """Put back what `offload` freed, to the last bit (gradients as zeros); bytes of each."""
+        return self._away.back(kinds)
+
+    @property
+    def _away(self) -> Offload:
+        if self._offload is None:
+            raise PolicyError("setup() comes first")
+        return self._offload
+
     # --- checkpoints ----------------------------------------------------------------------------------------
 
     def save(self, folder: str) -> None:
         """Write weights, optimizer, schedule position and random states into `folder`. Collective."""
+        self._away.need("optimizer")
         with self.device.active():
             checkpoint.save(self.model, Path(folder), self._updates, self._layout)
 
@@ -273,5 +299,6 @@ class PolicyRank:
 
         Raises ResumeError naming the file when the folder is missing, incomplete or damaged.
         """
+        self._away.need("optimizer")
         with self.device.active():
             self._updates = checkpoint.load(self.model, Path(folder), self._layout, self.device)

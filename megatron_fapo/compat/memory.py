@@ -1,0 +1,70 @@
+"""Where bytes go that a device's memory shall not hold for a while."""
+
+import ctypes
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Refill = Callable[[torch.Tensor], Any]
+"""Fills a tensor of bytes with what was put away."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """How a device's memory is emptied."""
+
+    put_away: Callable[[torch.Tensor], Refill]
+    """Copy a tensor of bytes to where it costs no memory of the device; complete after `synchronize`."""
+    synchronize: Callable[[], None]
+    release: Callable[[], None]
+    """Give what was freed back to the system."""
+
+
+def _to_file(data: torch.Tensor) -> Refill:
+    """Into a file without a name in the system's temporary folder (TMPDIR), which ends with the process."""
+    file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it lives as long as the bytes are away
+    view, written = _view(data), 0
+    while written < len(view):
+        written += file.write(view[written:])
+
+    def refill(target: torch.Tensor) -> None:
+        with file:
+            file.seek(0)
+            view, read = _view(target), 0
+            while read < len(view):
+                count = file.readinto(view[read:])
+                if not count:
+                    raise OSError(f"an offloaded tensor's file ended after {read} of {len(view)} bytes")
+                read += count
+
+    return refill
+
+
+def _view(data: torch.Tensor) -> memoryview:
+    """The bytes of a tensor; `.numpy()` would make its storage one that cannot be freed."""
+    return memoryview((ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())).cast("B")
+
+
+def _to_pinned(data: torch.Tensor) -> Refill:
+    """Into pinned host memory, on the current stream."""
+    held = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
+    held.copy_(data, non_blocking=True)
+    return lambda target: target.copy_(held, non_blocking=True)
+
+
+def _trim() -> None:
+    """glibc keeps freed pieces below its threshold; other libraries have no such call and keep less."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _nothing() -> None:
+    """A CPU has no stream to wait for."""
+
+
+CPU = Memory(put_away=_to_file, synchronize=_nothing, release=_trim)
+CUDA = Memory(put_away=_to_pinned, synchronize=torch.cuda.synchronize, release=torch.cuda.empty_cache)
