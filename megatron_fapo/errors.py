@@ -12,6 +12,7 @@
     ├── PolicyError            a Megatron rank failed: which rank, which phase
     │   └── Diverged               a loss or a gradient norm is not finite
     └── ResumeError            a run folder cannot be continued
+        └── CheckpointDamaged      a file of a checkpoint is missing, half written or changed; an earlier one may serve
 
 Every class takes one message and survives pickling (a rank raises it, the driver receives it); `where` is
 appended as "(rank 1, step 12)" so that the place travels with the text.
@@ -68,3 +69,7 @@ class Diverged(PolicyError):
 
 class ResumeError(FapoError):
     """A run folder cannot be continued."""
+
+
+class CheckpointDamaged(ResumeError):
+    """A checkpoint is not what was written."""

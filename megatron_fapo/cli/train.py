@@ -1,6 +1,7 @@
 """`fapo train`: run the loop."""
 
 import asyncio
+import logging
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -9,10 +10,12 @@ import typer
 
 from megatron_fapo.cli.arguments import ConfigPath, Overrides
 from megatron_fapo.config import Config, check_surroundings, dump_config, read_config
-from megatron_fapo.errors import ConfigError, ResumeError
+from megatron_fapo.errors import CheckpointDamaged, ConfigError, ResumeError
 from megatron_fapo.records import RunState
 from megatron_fapo.run.folder import RunFolder
 from megatron_fapo.settings import flatten
+
+log = logging.getLogger(__name__)
 
 EXAMPLE = "Example: fapo train configs/clock/fapo.yaml train.steps=20 --run runs/first"
 
@@ -66,15 +69,27 @@ def check_same_run(folder: RunFolder, config: Config) -> None:
 
 
 async def run_training(config: Config, folder: RunFolder, *, resume: bool) -> RunState:
-    """One run from start (or its newest checkpoint) to its end; returns where it ended."""
+    """One run from start (or its newest whole checkpoint) to its end; returns where it ended.
+
+    A checkpoint that the ranks find damaged is named in a warning, and the one before it is taken.
+    """
+    folder.create()
+    checkpoints = folder.resumable() if resume else []
+    for checkpoint in checkpoints[:-1]:
+        try:
+            return await _run_from(checkpoint, config, folder)
+        except CheckpointDamaged as damage:
+            log.warning("%s; going on from the checkpoint before it", damage)
+    return await _run_from(checkpoints[-1] if checkpoints else None, config, folder)
+
+
+async def _run_from(checkpoint: tuple[Path, RunState] | None, config: Config, folder: RunFolder) -> RunState:
     from megatron_fapo.cluster.cluster import open_cluster
     from megatron_fapo.cluster.serve_roles import Watcher
     from megatron_fapo.observe.sinks import open_sinks
     from megatron_fapo.train import train
 
-    folder.create()
-    newest = folder.newest_checkpoint() if resume else None
-    state = newest[1] if newest else RunState(step=0, cursor=0)
+    state = checkpoint[1] if checkpoint else RunState(step=0, cursor=0)
     folder.config.write_text(dump_config(config))
     dumped = config.model_dump(mode="json")
     with open_sinks(config.observe, folder.path, config=dumped, resume_step=state.step) as sinks:
@@ -83,8 +98,8 @@ async def run_training(config: Config, folder: RunFolder, *, resume: bool) -> Ru
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         async with open_cluster(config, folder, watcher, stop) as cluster:
-            if newest:
-                await cluster.policy.load(newest[0])
+            if checkpoint:
+                await cluster.policy.load(checkpoint[0])
             state = await train(config, cluster, state, sinks)
             if state.step == config.train.steps and config.checkpoint.export_hf:
                 await cluster.policy.save_hf(folder.model)

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from megatron_fapo.cluster.ranks import MegatronModel
 from megatron_fapo.cluster.ray_session import ray_session
+from megatron_fapo.cluster.saves import Saves, open_saves
 from megatron_fapo.cluster.serve_roles import Watcher, make_evaluator, make_sampler, open_servers, open_task
 from megatron_fapo.config import Config
 from megatron_fapo.errors import ServerUnreachable
@@ -39,8 +40,7 @@ class Cluster:
     """Samples as held-out evaluation does."""
     task: Task
     transport: WeightTransport
-    folder: RunFolder
-    keep_checkpoints: int
+    saves: Saves
     stop: asyncio.Event
     """Set when the run is asked to end (SIGTERM, Ctrl-C)."""
 
@@ -59,9 +59,8 @@ class Cluster:
             raise
 
     async def save(self, state: RunState) -> int:
-        """A checkpoint of everything that resume needs; returns its step."""
-        await self.policy.save(self.folder.open_checkpoint(state.step))
-        self.folder.close_checkpoint(state, self.keep_checkpoints)
+        """A checkpoint of everything that resume needs, on disk soon or at the end of the run; returns its step."""
+        await self.saves.start(state)
         return state.step
 
     async def until_stopped(self, work: Awaitable[T]) -> T | None:
@@ -97,6 +96,7 @@ async def open_cluster(
         # Named after the run, so that a resumed run reuses (and removes) what a killed one left behind.
         transport = SharedMemory(config.publish, hashlib.blake2b(bytes(folder.path), digest_size=8).hexdigest())
         stack.callback(transport.close)
+        saves = await stack.enter_async_context(open_saves(model, folder, config.checkpoint))
         yield Cluster(
             models={"policy": model},
             servers=servers,
@@ -104,7 +104,6 @@ async def open_cluster(
             evaluator=make_evaluator(config, task, servers),
             task=task,
             transport=transport,
-            folder=folder,
-            keep_checkpoints=config.checkpoint.keep,
+            saves=saves,
             stop=stop,
         )

@@ -39,6 +39,7 @@ class MegatronModel:
         self.role = role
         self._actors = list(actors)
         self._deadline = deadline
+        self._failure: BaseException | None = None
         self.layout = Layout()
 
     @classmethod
@@ -76,12 +77,20 @@ class MegatronModel:
         buckets = await self._all("next_bucket", segment, nbytes)
         return next((bucket for bucket in buckets if isinstance(bucket, Bucket)), None)
 
-    async def save(self, folder: Path) -> None:
-        """Write weights, optimizer, schedule and random states."""
-        await self._all("save", str(folder))
+    async def begin_save(self, folder: Path) -> None:
+        """Copy weights, optimizer, schedule and random states, and let the ranks write them in the background."""
+        await self._all("begin_save", str(folder))
+
+    async def save_written(self) -> bool:
+        """Whether all ranks have written their files."""
+        return all(await self._all("save_written"))
+
+    async def end_save(self) -> None:
+        """Complete the checkpoint that was begun."""
+        await self._all("end_save")
 
     async def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
+        """Read a checkpoint, of any layout. Raises CheckpointDamaged naming the file."""
         await self._all("load", str(folder))
 
     async def save_hf(self, folder: Path) -> None:
@@ -100,6 +109,8 @@ class MegatronModel:
         return (await self._gather(verb, [self._actors[rank].call.remote(verb)]))[0]
 
     async def _all(self, verb: str, *arguments: Any) -> list[Any]:
+        if self._failure is not None:  # a verb that ran beside another one ended the ranks: it says why
+            raise self._failure
         return await self._gather(verb, [actor.call.remote(verb, *arguments) for actor in self._actors])
 
     async def _gather(self, verb: str, references: Sequence[Any]) -> list[Any]:
@@ -110,15 +121,17 @@ class MegatronModel:
         if any(future.exception() is not None for future in done):
             errors = await _failures(futures)
             self.stop()
-            raise _cause(errors, self.role, verb)
+            self._failure = _cause(errors, self.role, verb)
+            raise self._failure
         if silent:
             names = ", ".join(str(rank) for rank, future in enumerate(futures) if future in silent)
             self.stop()
-            raise PolicyError(
+            self._failure = PolicyError(
                 f"no answer from rank {names} within {self._deadline:g} s (cluster.phase_deadline)",
                 role=self.role,
                 verb=verb,
             )
+            raise self._failure
         return [future.result() for future in futures]
 
 

@@ -1,4 +1,4 @@
-"""megatron-core 0.16.1, unmodified, on a machine without CUDA.
+"""megatron-core, unmodified (the versions of `compat.versions`), on a machine without CUDA.
 
 Megatron asks torch for CUDA devices, tensors and streams by name. These patches answer such questions with the
 CPU. They hook torch rather than lines of Megatron wherever that is possible, are installed once per process by
@@ -16,13 +16,11 @@ fails once upstream no longer needs the patch.
 | P7 | streams that are always idle | dispatcher of tokens to experts |
 | P9 | sizes of all-to-all splits become numpy arrays for CPU tensors too | dispatcher with expert parallelism |
 | P10 | `step` of torch's Adam: created before a checkpoint is loaded, one per parameter | DistributedOptimizer |
-| P11 | checkpoint files are written by this process, not by a forked child | saving checkpoints |
 
-P8 and P12 are in `compat.upstream`: they mend what every device meets.
+P8 and P11 to P14 are in `compat.upstream`: they mend what every device meets.
 """
 
 import os
-import queue
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,9 +36,6 @@ from megatron_fapo.compat import upstream
 # Megatron and mbridge say at import that Transformer Engine and Apex are missing; here that is as it should be
 for _message in (".*Apex.*", ".*ShardedTensor.*", ".*torch.distributed is disabled.*"):
     warnings.filterwarnings("ignore", message=_message)
-
-UPSTREAM = "0.16.1"
-"""The version of megatron-core that these patches were written for."""
 
 CPU = torch.device("cpu")
 
@@ -192,8 +187,8 @@ def _separate_adam_steps() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
-def prepare_adam_for_loading(optimizer: Any) -> None:
-    """P10: give torch's Adam the state of its first step, which Megatron expects when it loads a checkpoint."""
+def initialize_adam(optimizer: Any) -> None:
+    """P10: give torch's Adam the state of its first step where it has none: Megatron expects it in checkpoints."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in part.optimizer.param_groups if part.optimizer is not None else ():
             for param in group["params"]:
@@ -205,35 +200,6 @@ def prepare_adam_for_loading(optimizer: Any) -> None:
                     }
 
 
-def _write_without_forking() -> None:
-    """P11: a save writes its files in this process.
-
-    Upstream forks a writer for each file, out of a process that has gloo's and OpenMP's threads, and waits for it
-    without end: a writer that dies (a full disk, a missing psutil) leaves the rank waiting for ever.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    writer = filesystem_async.FileSystemWriterAsync
-    results: queue.Queue[Any] = queue.Queue()
-
-    def write(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results_queue: Any) -> None:
-        written: dict[int, Any] = {}
-        for number, bucket in enumerate(buckets):
-            answers: queue.Queue[Any] = queue.Queue()
-            pending: queue.Queue[int] = queue.Queue()
-            pending.put(number)
-            writer.write_preloaded_data(transforms, number, bucket, answers, pending, True, use_msc=use_msc)
-            _, outcome = answers.get()
-            if isinstance(outcome, Exception):
-                results_queue.put(outcome)
-                return
-            written[number] = outcome
-        results_queue.put(written)
-
-    writer.write_preloaded_data_multiproc = staticmethod(write)
-    filesystem_async._get_write_results_queue = lambda: results
-
-
 PATCHES: Mapping[str, Callable[[], None]] = {
     "P1": _current_device,
     "P2": _synchronize,
@@ -241,6 +207,5 @@ PATCHES: Mapping[str, Callable[[], None]] = {
     "P7": _idle_streams,
     "P9": _split_sizes,
     "P10": _separate_adam_steps,
-    "P11": _write_without_forking,
 }
 """By their number in this module's table."""

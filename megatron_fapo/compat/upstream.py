@@ -1,8 +1,9 @@
-"""Bugs of megatron-core 0.16.1 that every device meets, mended once per process by `install()`.
+"""Bugs of megatron-core that every device meets, mended once per process by `install()`.
 
 | | patch | without it |
 |---|---|---|
 | P8 | `te_general_gemm` is bound to None where Transformer Engine is absent | NameError in the router of experts |
+| P11, P13, P14 | those of `compat.checkpoint_files` | a save forks, and mixes optimizer states up |
 | P12 | stages tell each other shapes in the order in which they send tensors | two interleaved stages mix shapes up |
 """
 
@@ -75,5 +76,15 @@ def _ordered_shapes() -> None:
     p2p_communication.P2PCommunicator._communicate_shapes = communicate_shapes
 
 
-PATCHES: Mapping[str, Callable[[], None]] = {"P8": _bind_general_gemm, "P12": _ordered_shapes}
+def _checkpoint_files() -> None:
+    from megatron_fapo.compat import checkpoint_files  # it loads Megatron, which asks for the CPU's patches
+
+    checkpoint_files.install()
+
+
+PATCHES: Mapping[str, Callable[[], None]] = {
+    "P8": _bind_general_gemm,
+    "P11": _checkpoint_files,
+    "P12": _ordered_shapes,
+}
 """By their number in this module's table."""

@@ -1,113 +1,185 @@
-"""Checkpoints of the policy: Megatron's distributed format, a manifest with a sum for every file beside it."""
+"""Checkpoints of the policy: Megatron's distributed format, written while training or generation goes on.
 
-import json
+`begin` copies what the next update would change and returns; a thread of each rank writes that rank's share and
+takes a sum of each file; `end`, when all ranks have `written`, collects the sums into the manifest, which comes
+last. Every rank calls `begin`, `end` and `load`; `written` each may ask alone.
+"""
+
+import logging
 import pickle
-from collections.abc import Callable
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_fapo import manifest
 from megatron_fapo.batch.layout import Layout
+from megatron_fapo.compat import checkpoint_files
 from megatron_fapo.compat.device import Device
-from megatron_fapo.compat.megatron_cpu import prepare_adam_for_loading
-from megatron_fapo.errors import ResumeError
+from megatron_fapo.compat.megatron_cpu import initialize_adam
+from megatron_fapo.errors import CheckpointDamaged, PolicyError, ResumeError
+from megatron_fapo.manifest import FileSum, Manifest
 from megatron_fapo.policy.model import Model
 
-MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Optimizer state as one tensor a parameter; Megatron's default for it fails on saving."""
+"""Optimizer state as one tensor a parameter, so that any layout can load it; Megatron's default fails on saving."""
 
 
-def save(model: Model, folder: Path, updates: int, layout: Layout) -> None:
-    """Write everything that the next update depends on. Collective. The manifest comes last."""
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-    dist.barrier()
-    dist_checkpointing.save(_state(model, loading=False, randomness=True), str(folder))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        manifest = {"updates": updates, "layout": _axes(layout), "sums": sums(folder)}
-        partial = folder / f".{MANIFEST}"
-        partial.write_text(json.dumps(manifest, indent=1))
-        partial.rename(folder / MANIFEST)
-    dist.barrier()
+class _Running:
+    """A rank's files on their way to disk."""
+
+    def __init__(self, request: checkpoint_files.SaveRequest, folder: Path, updates: int) -> None:
+        self.request, self.folder, self.updates = request, folder, updates
+        self.sums: dict[str, FileSum] = {}
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._write, name="checkpoint-writer")
+        self.thread.start()
+
+    def _write(self) -> None:
+        started = time.perf_counter()
+        try:
+            self.request.write()
+            self.sums = {file.name: manifest.file_sum(file) for file in self.request.files if file.exists()}
+        except Exception as error:  # noqa: BLE001 - whatever it is, `end` raises it on every rank
+            self.error = error
+        log.info("%s: %d files in %.1f s", self.folder, len(self.sums), time.perf_counter() - started)
 
 
-def load(model: Model, folder: Path, layout: Layout, device: Device) -> int:
-    """Put everything back and return the number of optimizer steps done. Collective.
+class Checkpoints:
+    """Saving and loading one rank's part of the policy. At most one save runs at a time."""
 
-    In another layout the random states are left as they were seeded: no operation of the model draws from them.
+    def __init__(self, model: Model, layout: Layout, device: Device) -> None:
+        self._model, self._layout, self._device = model, layout, device
+        self._strategy: Any = None
+        self._running: _Running | None = None
+
+    def begin(self, folder: Path, updates: int) -> None:
+        """Copy everything that the next update depends on and start writing it. Collective."""
+        if self._running is not None:
+            raise PolicyError(f"a save into {self._running.folder} is running: end_save() comes first")
+        if self._strategy is None:
+            self._strategy = checkpoint_files.save_strategy(_sharers())
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in folder.iterdir():
+                file.unlink()
+        dist.barrier()
+        state = self._state(loading=False, randomness=True)
+        request = checkpoint_files.begin_save(state, folder, self._strategy)
+        self._running = _Running(request, folder, updates)
+
+    def written(self) -> bool:
+        """Whether this rank's files are on disk, or could not be written."""
+        return self._running is None or not self._running.thread.is_alive()
+
+    def end(self) -> None:
+        """Wait for all ranks' files, then make the folder a checkpoint. Collective. Raises PolicyError."""
+        running, self._running = self._running, None
+        if running is None:
+            raise PolicyError("no save is running: begin_save() comes first")
+        running.thread.join()
+        _raise_together(running.folder, running.error)
+        try:
+            running.request.finalize()
+        except CheckpointException as error:
+            raise PolicyError(f"{running.folder}: could not be written: {error}", rank=dist.get_rank()) from error
+        everyones: list[dict[str, FileSum]] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(running.sums, everyones, dst=0)
+        if everyones is not None:
+            self._write_manifest(running, {name: found for sums in everyones for name, found in sums.items()})
+        dist.barrier()
+
+    def _write_manifest(self, running: _Running, sums: dict[str, FileSum]) -> None:
+        """The ranks' sums, and those of the few small files that Megatron writes on rank 0."""
+        for file in running.folder.iterdir():
+            if file.name not in sums:
+                manifest.sync_file(file)
+                sums[file.name] = manifest.file_sum(file)
+        found = Manifest(updates=running.updates, layout=_axes(self._layout), files=dict(sorted(sums.items())))
+        manifest.write(running.folder, found)
+        try:
+            manifest.read(running.folder)
+        except CheckpointDamaged as error:
+            raise PolicyError(f"{error}; do all ranks write to a file system that they share?", rank=0) from None
+
+    def abandon(self) -> None:
+        """Forget a save that runs; its folder never becomes a checkpoint."""
+        if self._running is not None:
+            self._running.thread.join()
+            self._running = None
+
+    def load(self, folder: Path) -> int:
+        """Put everything back and return the number of optimizer steps done. Collective.
+
+        In another layout the random states are left as they were seeded: no operation of the model draws from them.
+        """
+        found = check(folder)
+        same = dict(found.layout) == _axes(self._layout)
+        state = self._state(loading=True, randomness=same)
+        strategy = checkpoint_files.load_strategy(_sharers())
+        try:
+            loaded = dist_checkpointing.load(state, str(folder), sharded_strategy=strategy)
+        except (CheckpointingException, OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ResumeError(f"{folder}: cannot be loaded: {error}", rank=dist.get_rank()) from error
+        self._put_back(loaded)
+        if same:
+            torch.set_rng_state(loaded["random"]["torch"])
+            get_cuda_rng_tracker().set_states(loaded["random"]["streams"])
+        return found.updates
+
+    def _state(self, loading: bool, randomness: bool) -> dict[str, Any]:
+        """The sharded state that Megatron writes, or fills when `loading`."""
+        model = self._model
+        if self._device.fused_adam:
+            initialize_adam(model.optimizer)
+        state: dict[str, Any] = {key: chunk.sharded_state_dict() for key, chunk in _chunks(model).items()}
+        state["optimizer"] = model.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=SHARDING)
+        if randomness:
+            own = {"torch": torch.get_rng_state(), "streams": get_cuda_rng_tracker().get_states()}
+            state["random"] = ShardedObject("random", own, (dist.get_world_size(),), (dist.get_rank(),))
+        return state
+
+    def _put_back(self, loaded: dict[str, Any]) -> None:
+        optimizer = self._model.optimizer
+        for key, chunk in _chunks(self._model).items():
+            chunk.load_state_dict(loaded[key])
+        flags = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
+        optimizer.load_state_dict(loaded["optimizer"])
+        for group, kept in zip(optimizer.param_groups, flags, strict=True):
+            group.update(kept)
+
+
+def check(folder: Path) -> Manifest:
+    """The manifest, after every file's sum was compared: each rank reads a share, all hear of the first damage.
+
+    Collective where ranks are connected. Raises CheckpointDamaged.
     """
-    manifest = _together(lambda: check(folder))
-    if device.fused_adam:
-        prepare_adam_for_loading(model.optimizer)
-    same = manifest["layout"] == _axes(layout)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    found, damage = None, None
     try:
-        found = dist_checkpointing.load(_state(model, loading=True, randomness=same), str(folder))
-    except (CheckpointingException, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ResumeError(f"{folder}: cannot be loaded: {error}", rank=dist.get_rank()) from error
-    for key, chunk in _chunks(model).items():
-        chunk.load_state_dict(found[key])
-    flags = [
-        {key: group[key] for key in ("fused", "foreach") if key in group} for group in model.optimizer.param_groups
-    ]
-    model.optimizer.load_state_dict(found["optimizer"])
-    for group, kept in zip(model.optimizer.param_groups, flags, strict=True):
-        group.update(kept)
-    if same:
-        torch.set_rng_state(found["random"]["torch"])
-        get_cuda_rng_tracker().set_states(found["random"]["streams"])
-    return int(manifest["updates"])
-
-
-def check(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after every file has been read and its sum compared. Raises ResumeError."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        expected = manifest["sums"]
-    except FileNotFoundError:
-        raise ResumeError(f"{folder}: no complete checkpoint here, {MANIFEST} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ResumeError(f"{folder / MANIFEST}: damaged: {error!r}") from None
-    found = sums(folder)
-    for name, value in expected.items():
-        if name not in found:
-            raise ResumeError(f"{folder / name}: missing; use an earlier checkpoint")
-        if found[name] != value:
-            raise ResumeError(f"{folder / name}: damaged, its checksum differs; use an earlier checkpoint")
-    return manifest
-
-
-def sums(folder: Path) -> dict[str, str]:
-    """xxh3-128 of every file in `folder` but the manifest."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.endswith(MANIFEST))
-    return {file.name: _sum(file) for file in files}
-
-
-def _sum(file: Path) -> str:
-    whole = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            whole.update(chunk)
-    return str(whole.hexdigest())
-
-
-def _state(model: Model, loading: bool, randomness: bool) -> dict[str, Any]:
-    """The sharded state that Megatron writes, or fills when `loading`."""
-    state: dict[str, Any] = {key: chunk.sharded_state_dict() for key, chunk in _chunks(model).items()}
-    state["optimizer"] = model.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=SHARDING)
-    if randomness:
-        own = {"torch": torch.get_rng_state(), "streams": get_cuda_rng_tracker().get_states()}
-        state["random"] = ShardedObject("random", own, (dist.get_world_size(),), (dist.get_rank(),))
-    return state
+        found = manifest.read(folder)
+        manifest.compare_sums(folder, found, sorted(found.files)[rank::world])
+    except CheckpointDamaged as error:
+        damage = error
+    damages = [damage]
+    if world > 1:
+        damages = [None] * world
+        dist.all_gather_object(damages, damage)
+    for damage in damages:
+        if damage is not None:
+            raise damage
+    assert found is not None
+    return found
 
 
 def _chunks(model: Model) -> dict[str, Any]:
@@ -117,20 +189,19 @@ def _chunks(model: Model) -> dict[str, Any]:
     return {f"model{place}": chunk for place, chunk in enumerate(model.chunks)}
 
 
+def _sharers() -> Any:
+    """The ranks that hold the same parameters."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
 def _axes(layout: Layout) -> dict[str, int]:
-    return {"tp": layout.tp, "pp": layout.pp, "cp": layout.cp, "dp": layout.dp}
+    return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": layout.dp}
 
 
-def _together(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Let rank 0 look, and hand its answer or its ResumeError to every rank."""
-    answer: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [look()]
-        except ResumeError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], ResumeError):
-        raise answer[0]
-    found: dict[str, Any] = answer[0]
-    return found
+def _raise_together(folder: Path, error: Exception | None) -> None:
+    """When a rank could not write, raise on every rank, with that rank's number and reason."""
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}")
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise PolicyError(f"{folder}: could not be written: {text}", rank=rank)

@@ -20,7 +20,8 @@ from megatron_fapo.algorithm.losses import TokenLosses, denominator, policy_loss
 from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.errors import Diverged, PolicyError
-from megatron_fapo.policy import checkpoint, export, forward, passes
+from megatron_fapo.policy import export, forward, passes
+from megatron_fapo.policy.checkpoint import Checkpoints
 from megatron_fapo.policy.forward import Padded, Scores
 from megatron_fapo.policy.model import Model, build, connect, crossover_of
 from megatron_fapo.policy.objective import loss_tokens
@@ -51,6 +52,7 @@ class PolicyRank:
         self._updates = 0
         self._export: export.Export | None = None
         self._offload: Offload | None = None
+        self._checkpoints: Checkpoints | None = None
 
     def address(self, host: str = "127.0.0.1") -> tuple[str, int]:
         """An address at which rank 0 can be met: `host` and a port that is free at this moment."""
@@ -78,10 +80,13 @@ class PolicyRank:
         self._layout = dataclasses.replace(self._layout, crossover=crossover_of(self._model))
         self._offload = Offload(self._model, self.device)
         self._settings, self._updates, self._export = settings, 0, None
+        self._checkpoints = Checkpoints(self._model, self._layout, self.device)
         return self._layout
 
     def shutdown(self) -> None:
-        """Leave the process groups."""
+        """Leave the process groups; a save that runs is abandoned."""
+        if self._checkpoints is not None:
+            self._checkpoints.abandon()
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
@@ -155,6 +160,13 @@ class PolicyRank:
             raise PolicyError("setup() comes first")
         self._away.need("parameters")
         return self._model
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Saves and loads what `setup` built."""
+        if self._checkpoints is None:
+            raise PolicyError("setup() comes first")
+        return self._checkpoints
 
     @property
     def settings(self) -> PolicySettings:
@@ -290,15 +302,30 @@ class PolicyRank:
 
     def save(self, folder: str) -> None:
         """Write weights, optimizer, schedule position and random states into `folder`. Collective."""
+        self.begin_save(folder)
+        self.end_save()
+
+    def begin_save(self, folder: str) -> None:
+        """Copy what `save` writes and write it in the background; any verb may follow. Collective."""
         self._away.need("optimizer")
         with self.device.active():
-            checkpoint.save(self.model, Path(folder), self._updates, self._layout)
+            self.checkpoints.begin(Path(folder), self._updates)
+
+    def save_written(self) -> bool:
+        """Whether this rank has nothing left to write, so that `end_save` will not keep it waiting."""
+        return self.checkpoints.written()
+
+    def end_save(self) -> None:
+        """Complete the checkpoint, once all ranks have written. Collective. Raises PolicyError on all ranks."""
+        with self.device.active():
+            self.checkpoints.end()
 
     def load(self, folder: str) -> None:
         """Continue exactly where `save` was called. Collective.
 
-        Raises ResumeError naming the file when the folder is missing, incomplete or damaged.
+        Raises CheckpointDamaged naming the file when the folder is missing, incomplete or damaged, ResumeError
+        when it is of another model.
         """
         self._away.need("optimizer")
         with self.device.active():
-            self._updates = checkpoint.load(self.model, Path(folder), self._layout, self.device)
+            self._updates = self.checkpoints.load(Path(folder))

@@ -4,7 +4,8 @@
     RUN/run.json               arm, seed, versions, start
     RUN/metrics.jsonl          one line a step
     RUN/rollouts/              one parquet file a step
-    RUN/checkpoints/step-N/    state.json (written last) and the model's own files
+    RUN/checkpoints/step-N/    the model's files, their manifest.json, and state.json, written last
+    RUN/checkpoints/latest     a link to the newest of them
     RUN/logs/                  servers and ranks
     RUN/model/                 the final policy for Hugging Face
 
@@ -12,15 +13,20 @@ A checkpoint is written under a hidden name and renamed when all of it is on dis
 """
 
 import json
-import os
+import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_fapo.errors import ResumeError
+from megatron_fapo import manifest
+from megatron_fapo.errors import CheckpointDamaged, ResumeError
 from megatron_fapo.records import RunState
+from megatron_fapo.run.settings import CheckpointSettings
+
+log = logging.getLogger(__name__)
 
 STATE = "state.json"
+LATEST = "latest"
 
 
 class RunFolder:
@@ -43,44 +49,59 @@ class RunFolder:
         return self.config.exists()
 
     def open_checkpoint(self, step: int) -> Path:
-        """An empty folder for the model to write into."""
+        """An empty folder for the model to write into; what interrupted saves left behind goes."""
+        for left in self.checkpoints.glob(".step-*"):
+            shutil.rmtree(left)
         folder = self.checkpoints / f".step-{step:06d}"
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
 
-    def close_checkpoint(self, state: RunState, keep: int) -> Path:
-        """Write the run's state beside the model, give the checkpoint its name, remove the oldest."""
+    def close_checkpoint(self, state: RunState, settings: CheckpointSettings) -> Path:
+        """Write the run's state beside the model, name the checkpoint, move `latest` to it, remove old ones."""
         hidden = self.checkpoints / f".step-{state.step:06d}"
-        write_durably(hidden / STATE, json.dumps(asdict(state)))
+        manifest.write_durably(hidden / STATE, json.dumps(asdict(state)))
         final = self.checkpoints / f"step-{state.step:06d}"
         shutil.rmtree(final, ignore_errors=True)
         hidden.rename(final)
-        for old in self._finished()[:-keep]:
-            shutil.rmtree(old)
+        link = self.checkpoints / f".{LATEST}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        link.replace(self.checkpoints / LATEST)
+        manifest.sync_folder(self.checkpoints)
+        for old in self._finished()[: -settings.keep]:
+            if not settings.stays(_step(old)):
+                shutil.rmtree(old)
         return final
 
-    def newest_checkpoint(self) -> tuple[Path, RunState] | None:
-        """The last complete checkpoint and its state; None when there is none."""
-        finished = self._finished()
-        if not finished:
-            return None
-        try:
-            return finished[-1], RunState(**json.loads((finished[-1] / STATE).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise ResumeError(
-                f"{finished[-1]}: {STATE} cannot be read ({error}); move this folder away to resume from the one before"
-            ) from None
+    def resumable(self) -> list[tuple[Path, RunState]]:
+        """The complete checkpoints and their states, newest first; empty where none was ever written.
+
+        One with a file that is missing or of another size is named in a warning and left out. Raises ResumeError
+        when that leaves none.
+        """
+        found, damages = [], []
+        for folder in reversed(self._finished()):
+            try:
+                found.append((folder, _read(folder)))
+            except CheckpointDamaged as damage:
+                log.warning("%s; passing over this checkpoint", damage)
+                damages.append(str(damage))
+        if damages and not found:
+            raise ResumeError(f"no checkpoint can be used: {'; '.join(damages)}")
+        return found
 
     def _finished(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("step-*"))
+        return sorted(self.checkpoints.glob("step-*"), key=_step)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a file so that it is either whole or absent, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _read(folder: Path) -> RunState:
+    """The state of a checkpoint whose files are all there, in full size. Raises CheckpointDamaged."""
+    manifest.read(folder)
+    try:
+        return RunState(**json.loads((folder / STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointDamaged(f"{folder / STATE}: cannot be read: {error}") from None

@@ -119,6 +119,40 @@ def test_a_killed_and_resumed_run_gives_the_same_metrics(whole, tmp_path, killed
 
 
 @pytest.mark.long
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(whole, tmp_path):
+    run = tmp_path / "killed"
+    process = start(run, "checkpoint.every=1")
+    wait_for_steps(run, 2, process)
+    while not (half := list((run / "checkpoints").glob(".step-*"))):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert half[0].exists()
+    latest = (run / "checkpoints" / "latest").resolve()
+    assert (latest / "manifest.json").exists()
+    assert latest.name < half[0].name.removeprefix(".")
+    finish(start(run, "checkpoint.every=1", "--resume"))
+    assert not list((run / "checkpoints").glob(".step-*"))
+    assert timeless(run) == timeless(whole)
+
+
+@pytest.mark.long
+def test_a_run_with_a_damaged_checkpoint_names_it_and_goes_on_from_the_one_before(whole, tmp_path):
+    run = tmp_path / "damaged"
+    finish(start(run, "checkpoint.every=1", "checkpoint.keep=3"))
+    newest, before = (run / "checkpoints" / f"step-{step:06d}" for step in (4, 3))
+    (newest / "common.pt").unlink()
+    weights = next(before.glob("*.distcp"))
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    output = finish(start(run, "checkpoint.every=1", "--resume"))
+    assert "step-000004/common.pt: missing" in output
+    assert f"step-000003/{weights.name}: damaged, its checksum differs" in output
+    assert timeless(run) == timeless(whole)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("axis", ["tensor", "pipeline", "data"])
 def test_two_ranks_start_from_the_same_rollouts_and_agree_with_the_engine(whole, tmp_path, axis):
     run = tmp_path / axis
@@ -145,7 +179,7 @@ def test_a_stopped_run_saves_a_checkpoint_and_ends_cleanly(whole, tmp_path, numb
     finish(process)
     done = len(lines(run))
     assert 1 <= done < 4
-    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", f"step-{done:06d}"]
     finish(start(run, "checkpoint.every=0", "--resume"))
     assert timeless(run) == timeless(whole)
 

@@ -47,7 +47,7 @@ def attempt(left_out: str, model: str) -> str:
     if left_out == "P3":
         rank.device = dataclasses.replace(CPU, active=contextlib.nullcontext)
     if left_out == "P10 prepare":
-        checkpoint.prepare_adam_for_loading = lambda optimizer: None
+        checkpoint.initialize_adam = lambda optimizer: None
     rank.device = dataclasses.replace(rank.device, install=lambda: megatron_cpu.install({left_out}))
     with tempfile.TemporaryDirectory() as folder:
         try:

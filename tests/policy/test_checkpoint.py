@@ -1,27 +1,131 @@
-"""A policy that was saved and loaded in new processes goes on as if it had never stopped."""
+"""A policy that was saved and loaded in new processes goes on as if it had never stopped, in any layout."""
 
-import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
-from megatron_fapo.errors import ResumeError
+from megatron_fapo.errors import CheckpointDamaged, PolicyError
+from megatron_fapo.manifest import MANIFEST
 from megatron_fapo.policy import checkpoint
 from megatron_fapo.policy.local import LocalRanks
-from tests.policy.lives import LAYOUTS, LOSS, Life, policy_settings, step_batch
+from megatron_fapo.records import UpdateReport
+from tests.policy.lives import LAYOUTS, LOSS, VOCABULARY, Life, policy_settings, step_batch
 
 Lives = Callable[[str], Life]
+NEXT = (3, 4, 5)
 
 
-@pytest.mark.parametrize("name", ["one", "dp2"])
+def updates(ranks: LocalRanks, steps: tuple[int, ...] = NEXT) -> list[UpdateReport]:
+    return [ranks.call("update", step_batch(step, ranks.layout), LOSS)[0].updates[0] for step in steps]
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
 def test_resumed_updates_equal_uninterrupted_ones_to_the_last_digit(lives: Lives, qwen3: Path, name: str) -> None:
     life = lives(name)
     with LocalRanks(policy_settings(qwen3, **LAYOUTS[name]), seed=99) as ranks:
         ranks.call("load", str(life.saved))
-        again = [ranks.call("update", step_batch(step, ranks.layout), LOSS)[0] for step in (3, 4)]
-    assert [report.updates for report in again] == [report.updates for report in life.resumed]
+        again = updates(ranks, NEXT[: len(life.resumed)])
+    assert again == [report.updates[0] for report in life.resumed]
+
+
+def tensors_of(folder: Path) -> dict:
+    """Every tensor of a checkpoint, whole, as torch reads it without Megatron and without ranks."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = dcp.FileSystemReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(found.size, dtype=found.properties.dtype)
+        for key, found in stored.items()
+        if isinstance(found, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("tp2", "pp2"), ("pp2", "tp2"), ("one", "dp2"), ("dp2", "one"), ("tp2", "dp2")]
+)
+def test_saved_in_one_layout_and_resumed_in_another(
+    lives: Lives, qwen3: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    import torch
+
+    saved = lives(before).saved
+    with LocalRanks(policy_settings(qwen3, **LAYOUTS[before]), seed=3) as ranks:
+        ranks.call("load", str(saved))
+        expected = updates(ranks)
+    with LocalRanks(policy_settings(qwen3, **LAYOUTS[after]), seed=99) as ranks:
+        ranks.call("load", str(saved))
+        ranks.call("save", str(tmp_path / "again"))
+        found = updates(ranks)
+
+    ours, theirs = tensors_of(tmp_path / "again"), tensors_of(saved)
+    assert sorted(ours) == sorted(theirs)
+    assert sum(key.startswith("optimizer.state.exp_avg") for key in ours) > 10
+    for key, tensor in theirs.items():
+        rows = slice(VOCABULARY) if "embedding" in key else slice(None)  # tensor parallelism pads the vocabulary
+        assert torch.equal(ours[key][rows], tensor[rows]), key
+        assert ours[key][rows].any(), key
+
+    for update, reference in zip(found, expected, strict=True):
+        assert update.loss == pytest.approx(reference.loss, rel=1e-5, abs=1e-7)
+        assert update.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
+        assert update.learning_rate == reference.learning_rate
+
+
+def test_an_update_during_the_save_is_not_in_it(qwen3: Path, tmp_path: Path) -> None:
+    with LocalRanks(policy_settings(qwen3), seed=5) as ranks:
+        updates(ranks, (0,))
+        ranks.call("save", str(tmp_path / "in peace"))
+        ranks.call("begin_save", str(tmp_path / "meanwhile"))
+        updates(ranks, (1,))
+        ranks.call("end_save")
+    peace, meanwhile = checkpoint.check(tmp_path / "in peace"), checkpoint.check(tmp_path / "meanwhile")
+    weights = [name for name in peace.files if name.endswith(".distcp")]
+    assert len(weights) == 1
+    assert [meanwhile.files[name] for name in weights] == [peace.files[name] for name in weights]
+    assert meanwhile.updates == 1
+
+
+def test_ranks_write_equal_shares(lives: Lives) -> None:
+    sizes = [file.stat().st_size for file in lives("dp2").saved.glob("*.distcp")]
+    assert len(sizes) == 2
+    assert min(sizes) > 0.7 * max(sizes)
+
+
+def test_a_rank_killed_while_saving_leaves_no_checkpoint(qwen3: Path, tmp_path: Path) -> None:
+    with LocalRanks(policy_settings(qwen3), seed=5) as ranks:
+        ranks.call("begin_save", str(tmp_path))
+        os.kill(ranks._processes[0].pid, signal.SIGKILL)
+        with pytest.raises(PolicyError, match="died"):
+            ranks.call("end_save")
+    with pytest.raises(CheckpointDamaged, match="no complete checkpoint"):
+        checkpoint.check(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(psutil, "RLIMIT_FSIZE"), reason="this system cannot limit another process's files")
+def test_a_rank_that_cannot_write_says_so_and_leaves_no_checkpoint(qwen3: Path, tmp_path: Path) -> None:
+    with LocalRanks(policy_settings(qwen3, data=2), seed=5) as ranks:
+        psutil.Process(ranks._processes[1].pid).rlimit(psutil.RLIMIT_FSIZE, (4096, psutil.RLIM_INFINITY))
+        with pytest.raises(PolicyError, match="could not be written"):
+            ranks.call("save", str(tmp_path))
+    with pytest.raises(CheckpointDamaged, match="no complete checkpoint"):
+        checkpoint.check(tmp_path)
+
+
+def test_one_save_at_a_time(process: Callable[..., LocalRanks], qwen3: Path, tmp_path: Path) -> None:
+    ranks = process(policy_settings(qwen3))
+    ranks.call("begin_save", str(tmp_path / "first"))
+    with pytest.raises(PolicyError, match="first is running"):
+        ranks.call("begin_save", str(tmp_path / "second"))
 
 
 @pytest.fixture
@@ -30,7 +134,11 @@ def copy(lives: Lives, tmp_path: Path) -> Path:
 
 
 def test_a_whole_checkpoint_passes(copy: Path) -> None:
-    assert checkpoint.check(copy)["updates"] == 3
+    assert checkpoint.check(copy).updates == 3
+
+
+def test_every_file_is_in_the_manifest(copy: Path) -> None:
+    assert set(checkpoint.check(copy).files) == {file.name for file in copy.iterdir()} - {MANIFEST}
 
 
 def test_a_flipped_byte_is_named(copy: Path) -> None:
@@ -38,29 +146,20 @@ def test_a_flipped_byte_is_named(copy: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ResumeError, match=f"{file.name}: damaged"):
+    with pytest.raises(CheckpointDamaged, match=f"{file.name}: damaged, its checksum differs"):
         checkpoint.check(copy)
 
 
 def test_a_missing_file_is_named(copy: Path) -> None:
     (copy / "common.pt").unlink()
-    with pytest.raises(ResumeError, match=r"common.pt: missing"):
+    with pytest.raises(CheckpointDamaged, match=r"common.pt: missing"):
         checkpoint.check(copy)
 
 
-def test_an_unfinished_or_absent_checkpoint_is_named(copy: Path) -> None:
-    manifest = copy / checkpoint.MANIFEST
-    manifest.write_text(json.dumps({"updates": 3})[:-4])
-    with pytest.raises(ResumeError, match=r"manifest.json: damaged"):
-        checkpoint.check(copy)
-    manifest.unlink()
-    with pytest.raises(ResumeError, match="no complete checkpoint"):
-        checkpoint.check(copy)
-    with pytest.raises(ResumeError, match="no complete checkpoint"):
-        checkpoint.check(copy / "nowhere")
-
-
-def test_every_rank_hears_of_a_damaged_folder(process: Callable[..., LocalRanks], qwen3: Path, tmp_path: Path) -> None:
-    ranks = process(policy_settings(qwen3))
-    with pytest.raises(ResumeError, match="no complete checkpoint"):
-        ranks.call("load", str(tmp_path))
+def test_every_rank_hears_of_a_damage_that_one_of_them_reads(lives: Lives, qwen3: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(lives("dp2").saved, tmp_path / "copy"))
+    file = sorted(folder.glob("*.distcp"))[1]
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with LocalRanks(policy_settings(qwen3, data=2), seed=5) as ranks:
+        with pytest.raises(CheckpointDamaged, match=f"{file.name}: damaged"):
+            ranks.call("load", str(folder))
