@@ -51,6 +51,8 @@ class ClusterSettings(Settings):
 
     ranks: Annotated[int, Field(gt=0)] | None = None
     """Training ranks; must be the product of the sizes in policy.parallel. Null takes that product."""
+    nodes: Annotated[int, Field(gt=0)] = 1
+    """Nodes over which the ranks are spread, equally many on each. Rank 0, the servers and the loop share the first."""
     ray_address: str | None = None
     """Address of a running Ray cluster; null starts one on this machine for the run."""
     setup_deadline: Annotated[float, Field(gt=0)] = 600.0
@@ -123,6 +125,10 @@ class Config(Settings):
                 f"pipeline {parallel.pipeline} × context {parallel.context} × data {parallel.data} = "
                 f"{parallel.world} ranks"
             )
+        if parallel.world % self.cluster.nodes:
+            return f"cluster.nodes = {self.cluster.nodes} does not divide the {parallel.world} ranks of policy.parallel"
+        if self.cluster.nodes > 1 and self.cluster.ray_address is None:
+            return f"cluster.nodes = {self.cluster.nodes} needs cluster.ray_address: a Ray that spans these nodes"
         if self.train.deterministic and not self.policy.deterministic:
             return "train.deterministic needs policy.deterministic"
         return ""

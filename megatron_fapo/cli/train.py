@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,8 @@ from megatron_fapo.settings import flatten
 
 log = logging.getLogger(__name__)
 
+STOPPED = os.EX_TEMPFAIL
+"""Exit status of a run that was asked to stop before its last step; its checkpoint is written."""
 EXAMPLE = "Example: fapo train configs/clock/fapo.yaml train.steps=20 --run runs/first"
 
 
@@ -29,7 +32,7 @@ def command(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
 ) -> None:
-    """Train a policy. SIGTERM or Ctrl-C saves a checkpoint and ends the run cleanly."""
+    """Train a policy. SIGTERM or Ctrl-C saves a checkpoint and ends the run with exit status 75: --resume goes on."""
     settings = read_config(config, overrides or ())
     check_surroundings(settings)
     folder = RunFolder(run or Path("runs") / f"{config.stem}-s{settings.train.seed}")
@@ -42,7 +45,9 @@ def command(
         raise ConfigError(f"{folder.path} holds a run already: add --resume to go on, or choose another with --run")
     if resume:
         check_same_run(folder, settings)
-    asyncio.run(run_training(settings, folder, resume=resume))
+    state = asyncio.run(run_training(settings, folder, resume=resume))
+    if state.step < settings.train.steps:
+        raise typer.Exit(STOPPED)
 
 
 MAY_CHANGE = ("train.steps", "observe.", "checkpoint.", "evaluation.", "cluster.", "policy.threads", "policy.timeout")

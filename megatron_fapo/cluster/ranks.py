@@ -4,7 +4,6 @@ Ray is imported where it is used, because `ray_session` sets its environment fir
 """
 
 import asyncio
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,12 @@ from typing import Any
 
 from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.batch.layout import Layout
+from megatron_fapo.cluster.placement import Placement, reserve
 from megatron_fapo.cluster.rank_actor import RankActor
 from megatron_fapo.config import ClusterSettings
 from megatron_fapo.errors import FapoError, PolicyError
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.records import Bucket, Role, StepBatch, StepReport
-
-log = logging.getLogger(__name__)
 
 COLOURS = re.compile(r"\x1b\[\d+m")
 """Ray paints its tracebacks."""
@@ -35,21 +33,23 @@ class MegatronModel:
     raised: a death, else an error of ours, else a foreign one. After any failure the ranks are gone.
     """
 
-    def __init__(self, role: Role, actors: Sequence[Any], deadline: float) -> None:
+    def __init__(self, role: Role, actors: Sequence[Any], deadline: float, placement: Placement | None = None) -> None:
         self.role = role
         self._actors = list(actors)
         self._deadline = deadline
         self._failure: BaseException | None = None
+        self._placement = placement
         self.layout = Layout()
 
     @classmethod
     async def start(cls, role: Role, settings: PolicySettings, cluster: ClusterSettings, seed: int) -> "MegatronModel":
         """Spawn the ranks and load the model."""
         world = settings.parallel.world
-        remote, options = _remote_rank(settings)
-        actors = [remote.options(**options).remote(role, rank) for rank in range(world)]
-        model = cls(role, actors, cluster.setup_deadline)
-        host, port = await model._one(0, "address")
+        placement = await reserve(world, cluster.nodes, cluster.setup_deadline)
+        remote = _remote_rank(settings)
+        actors = [remote.options(**placement.options(rank)).remote(role, rank) for rank in range(world)]
+        model = cls(role, actors, cluster.setup_deadline, placement)
+        host, port = await model._one(0, "address", placement.address)
         layouts = await model._gather(
             "setup",
             [
@@ -104,9 +104,12 @@ class MegatronModel:
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._actors = []
+        if self._placement is not None:
+            self._placement.release()
+            self._placement = None
 
-    async def _one(self, rank: int, verb: str) -> Any:
-        return (await self._gather(verb, [self._actors[rank].call.remote(verb)]))[0]
+    async def _one(self, rank: int, verb: str, *arguments: Any) -> Any:
+        return (await self._gather(verb, [self._actors[rank].call.remote(verb, *arguments)]))[0]
 
     async def _all(self, verb: str, *arguments: Any) -> list[Any]:
         if self._failure is not None:  # a verb that ran beside another one ended the ranks: it says why
@@ -135,17 +138,13 @@ class MegatronModel:
         return [future.result() for future in futures]
 
 
-def _remote_rank(settings: PolicySettings) -> tuple[Any, dict[str, Any]]:
-    """The actor class, and its options: threads, and a GPU for each rank where Ray has that many."""
+def _remote_rank(settings: PolicySettings) -> Any:
+    """The actor class, with its threads."""
     import ray
 
     threads = str(settings.threads)
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TORCHDYNAMO_DISABLE": "1"}
-    gpus, ranks = ray.cluster_resources().get("GPU", 0), settings.parallel.world
-    if 0 < gpus < ranks:
-        log.warning("Ray has %g GPUs for %d ranks: the ranks train on the CPU", gpus, ranks)
-    options = {"runtime_env": {"env_vars": environment}, "num_gpus": int(gpus >= ranks)}
-    return ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(RankActor), options
+    return ray.remote(max_restarts=0, max_task_retries=0, runtime_env={"env_vars": environment})(RankActor)
 
 
 async def _failures(futures: Sequence[asyncio.Future[Any]]) -> dict[int, BaseException]:

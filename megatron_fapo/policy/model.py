@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +26,7 @@ from megatron_fapo.errors import ConfigError, DataError
 from megatron_fapo.policy import pieces
 from megatron_fapo.policy.hf_folder import Weights
 from megatron_fapo.policy.logprobs import Projection
+from megatron_fapo.policy.network import interface_towards
 from megatron_fapo.policy.settings import PolicySettings
 
 log = logging.getLogger(__name__)
@@ -56,9 +56,8 @@ def connect(rank: int, address: str, port: int, settings: PolicySettings, device
     # warn_only: what has no deterministic form on this device is named in the log rather than refused
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time and hides nothing here
-    if address.startswith("127."):  # gloo would ask the resolver for the host's name, and listen where that points
-        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    # gloo would ask the resolver for the host's name, and listen where that points
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(address))
     dist.init_process_group(
         device.backend,
         init_method=f"tcp://{address}:{port}",

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_fapo.cli.train import STOPPED
 from megatron_fapo.weights import shared_memory_folder
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +177,7 @@ def test_a_stopped_run_saves_a_checkpoint_and_ends_cleanly(whole, tmp_path, numb
         os.killpg(process.pid, number)  # a terminal tells every process of the group
     else:
         process.send_signal(number)
-    finish(process)
+    finish(process, status=STOPPED)
     done = len(lines(run))
     assert 1 <= done < 4
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", f"step-{done:06d}"]
@@ -192,7 +193,7 @@ def test_a_run_stopped_while_it_starts_ends_cleanly(tmp_path):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    finish(process)
+    finish(process, status=STOPPED)
     assert not lines(run)
 
 
