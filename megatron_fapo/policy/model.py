@@ -108,6 +108,7 @@ def build(settings: PolicySettings, device: Device) -> Model:
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=False,  # with gloo a freed output can still be on its way
         calculate_per_token_loss=True,  # gradients are summed: the loss carries its own 1 / tokens
+        **_recompute_flags(settings, device),
     )
     chunks = tuple(_chunk(bridge, stage) for stage in _virtual_stages(settings))
     pieces.load(bridge, chunks, Weights(settings.model))
@@ -136,6 +137,23 @@ def _projection(vocabulary: int, settings: PolicySettings) -> Projection:
     shard = -(-vocabulary // settings.parallel.tensor)
     chunk = max(settings.logits_megabytes * 2**20 // (4 * shard), 1)
     return Projection(vocabulary=vocabulary, chunk=chunk, entropy=settings.entropy)
+
+
+def _recompute_flags(settings: PolicySettings, device: Device) -> dict[str, Any]:
+    """Megatron's names for what `settings.recompute` asks."""
+    if "layernorm" in settings.recompute_modules and device.spec == "local":
+        # Megatron 0.16.1 asks Transformer Engine about FP8 there without having imported it
+        raise ConfigError("policy.recompute_modules: layernorm needs Transformer Engine, which is not installed")
+    if settings.recompute == "none":
+        return {}
+    if settings.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(settings.recompute_modules)}
+    some = settings.recompute_layers
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "block" if some else "uniform",
+        "recompute_num_layers": some or 1,
+    }
 
 
 def crossover_of(model: Model) -> float:
@@ -199,6 +217,8 @@ def _data_parallel(module: Any, config: Any, settings: PolicySettings, first: bo
 
 def _optimizer(parallel: Sequence[Any], settings: PolicySettings, device: Device) -> Any:
     chosen = settings.optimizer
+    if chosen.cpu_offload and device.name == "cpu":
+        raise ConfigError("policy.optimizer.cpu_offload needs a CUDA device: on a CPU all state is on the host already")
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -212,6 +232,10 @@ def _optimizer(parallel: Sequence[Any], settings: PolicySettings, device: Device
             use_distributed_optimizer=chosen.distributed,
             bf16=settings.dtype == "bfloat16",
             params_dtype=getattr(torch, settings.dtype),
+            optimizer_cpu_offload=chosen.cpu_offload > 0,
+            optimizer_offload_fraction=chosen.cpu_offload,
+            overlap_cpu_optimizer_d2h_h2d=chosen.cpu_offload > 0,
+            use_precision_aware_optimizer=chosen.cpu_offload > 0 and chosen.distributed,
         ),
         list(parallel),
         use_gloo_process_groups=False,

@@ -11,6 +11,13 @@ Rescore = Literal["never", "when_stale", "always"]
 """Whether behaviour log-probs are computed again by Megatron before the updates of a step."""
 
 
+Recompute = Literal["none", "selective", "full"]
+"""Which activations the backward pass computes again instead of finding them in memory."""
+
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
+"""Parts of a layer as Megatron's `recompute_modules` names them."""
+
+
 class ParallelSettings(Settings):
     """How the model is spread over ranks: tensor × context × data × pipeline of them."""
 
@@ -78,6 +85,9 @@ class OptimizerSettings(Settings):
     """Gradients are scaled down to this norm."""
     distributed: bool = True
     """Spread optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+    cpu_offload: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of moments and master weights that live on the host, where their part of the step is computed too
+    (Megatron's `optimizer_cpu_offload`). CUDA only."""
 
     @model_validator(mode="after")
     def _cosine_has_an_end(self) -> Self:
@@ -102,6 +112,14 @@ class PolicySettings(Settings):
     sampled, `when_stale` rescores a step in which a rollout has tokens of older weights, `always` every step."""
     reference: bool = False
     """Keep the starting weights in host memory as the reference policy of a KL penalty (`algorithm.loss.kl`)."""
+    recompute: Recompute = "none"
+    """Activations that the backward pass computes again: `none`, those of `recompute_modules`, or whole layers
+    (`full`). The gradients are the same; full costs about a third more time and leaves one tensor a layer."""
+    recompute_layers: Annotated[int, Field(ge=1)] | None = None
+    """For full: layers of each pipeline stage, from its first, that are recomputed; null takes all."""
+    recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)
+    """For selective: parts of each layer. Fused attention keeps little, so `mlp` or `layernorm` may save more;
+    `layernorm` needs Transformer Engine."""
     logits_megabytes: Annotated[int, Field(ge=1)] = 256
     """Most memory for the float32 logits of one rank: log-probs are computed over as many tokens at once as fit. A
     chunk and about three copies of it exist in the backward pass; more than one chunk computes the logits twice."""
@@ -113,3 +131,9 @@ class PolicySettings(Settings):
     """CPU threads of each rank."""
     deterministic: bool = True
     """Use operations whose results do not depend on scheduling; one that has no such form runs, with a warning."""
+
+    @model_validator(mode="after")
+    def _layers_of_full(self) -> Self:
+        if self.recompute_layers is not None and self.recompute != "full":
+            raise ValueError(f"recompute_layers needs recompute = full, found {self.recompute}")
+        return self
