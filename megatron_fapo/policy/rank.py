@@ -307,7 +307,7 @@ class PolicyRank:
 
     def begin_save(self, folder: str) -> None:
         """Copy what `save` writes and write it in the background; any verb may follow. Collective."""
-        self._away.need("optimizer")
+        self._away.need("parameters", "optimizer")
         with self.device.active():
             self.checkpoints.begin(Path(folder), self._updates)
 
@@ -326,6 +326,6 @@ class PolicyRank:
         Raises CheckpointDamaged naming the file when the folder is missing, incomplete or damaged, ResumeError
         when it is of another model.
         """
-        self._away.need("optimizer")
+        self._away.need("parameters", "optimizer")
         with self.device.active():
             self._updates = self.checkpoints.load(Path(folder))
