@@ -144,11 +144,19 @@ class Config(Settings):
                 "algorithm.loss.importance needs policy.rescore=always (or when_stale): without Megatron's own "
                 "log-probs the ratio is to the engine's already, and there is nothing to correct"
             )
+        if advantage.flaw == "first_wrong_step" and self.judge.cascade and self.judge.cascade.flawed_above is not None:
+            problems.append(
+                "algorithm.advantage.flaw = first_wrong_step needs judge.cascade.flawed_above = null: "
+                "the cascade's short verdict does not know which step is wrong"
+            )
+        if reward.correct_rates and self.judge.rates is None:
+            problems.append("algorithm.reward.correct_rates needs judge.rates (tpr, fpr), until an audit measures them")
         if advantage.all_right == "agreed" and self.judge.votes == 1:
             problems.append("algorithm.advantage.all_right = agreed needs judge.votes > 1: a single vote always agrees")
-        if reward.penalty == "soft" and self.judge.votes == 1 and not reward.correct_rates:
+        hard = self.judge.votes == 1 and self.judge.probability == "votes"
+        if reward.penalty == "soft" and hard and not reward.correct_rates:
             problems.append(
-                "algorithm.reward.penalty = soft needs judge.votes > 1 or algorithm.reward.correct_rates: "
+                "algorithm.reward.penalty = soft needs judge.votes > 1 or judge.probability = token: "
                 "with one vote p is 0 or 1, which is penalty hard"
             )
         return problems

@@ -154,6 +154,8 @@ class Verdict:
     """Judge tokens spent on it, all votes and retries."""
     text: str
     """The judge's words (of the vote that decided)."""
+    short: bool = False
+    """Whether it is the cascade's, by the probability of the verdict without reasoning; its index is a guess."""
 
     @property
     def flawed(self) -> bool:

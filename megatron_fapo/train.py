@@ -31,9 +31,9 @@ async def train(config: Config, cluster: Cluster, state: RunState, sinks: Sinks)
         if groups is None:
             break
         trained = cluster.sampler.trainable(groups)
-        limit = config.rollout.max_new_tokens
-        given = [rewards(group, algorithm, max_tokens=limit) for group in trained]
-        advantages = step_advantages(trained, given, algorithm, max_tokens=limit)
+        limit, rates = config.rollout.max_new_tokens, cluster.sampler.rates
+        given = [rewards(group, algorithm, max_tokens=limit, rates=rates) for group in trained]
+        advantages = step_advantages(trained, given, algorithm, max_tokens=limit, rates=rates)
         with sinks.phase("update", spans):
             batch = make_batch(trained, advantages, cluster.policy.layout, config.batching, config.train.seed)
             report = await cluster.policy.update(batch, algorithm.loss)

@@ -5,6 +5,7 @@ ones.
 """
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -54,6 +55,9 @@ class Words:
     def encode_chat(self, messages: tuple[Message, ...]) -> Any:
         return ints([ord(character) for message in messages for character in message.content])
 
+    def encode(self, text: str) -> Any:
+        return ints([ord(character) for character in text])
+
     def decode(self, token_ids: Any) -> str:
         return "".join(chr(token) for token in token_ids if token)
 
@@ -63,6 +67,7 @@ class ModelledServer:
     """Answers with `answer(request, index)` -> (text, virtual seconds); records when each request came and went."""
 
     answer: Callable[[GenerationRequest, int], tuple[str, float]]
+    likely: Callable[[str], dict[str, float]] = lambda text: {}
     log: list[tuple[float, str, str]] = field(default_factory=list)
     failures: list[Exception] = field(default_factory=list)
     """Raised by the next requests, one each."""
@@ -78,6 +83,14 @@ class ModelledServer:
         for finished in asyncio.as_completed(pending):
             yield await finished
         self.log.append((clock.now(), "answered", request.ids[0]))
+
+    async def choices(self, rid: str, token_ids: Any, choices: Any) -> list[float]:
+        """Log-probs by `likely(what was asked)` -> {character: probability}; at once."""
+        self.log.append((LoopClock().now(), "scored", rid))
+        if self.failures:
+            raise self.failures.pop(0)
+        likely = self.likely(Words().decode(token_ids))
+        return [math.log(likely[chr(token)]) for token in choices]
 
     async def _one(self, request: GenerationRequest, index: int, clock: LoopClock) -> Generation:
         text, seconds = self.answer(request, index)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fapo.config import Config
+from megatron_fapo.judge.answerer import Served
 from megatron_fapo.judge.ask import Asker
 from megatron_fapo.judge.judge import Judge, Rules
 from megatron_fapo.judge.settings import JudgeSettings
@@ -81,7 +82,8 @@ def _sampler(
     asker = None
     if "judge" in servers:
         tokenizer = ChatTokenizer.load(Path(config.server("judge").model))
-        asker = Asker(servers["judge"], tokenizer, judge, SystemClock(), config.train.seed, watcher.judged)
+        served = Served(servers["judge"], tokenizer)
+        asker = Asker(served, judge, SystemClock(), config.train.seed, watcher.judged)
     rules = Rules(
         judge=judge, algorithm=config.algorithm, group_size=rollout.group_size, max_tokens=rollout.max_new_tokens
     )

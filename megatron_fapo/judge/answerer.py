@@ -1,12 +1,14 @@
 """What a judge is asked through: one of our servers (token ids), or any OpenAI-compatible endpoint (messages)."""
 
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_fapo.critique.boxed import OPENING
 from megatron_fapo.errors import RequestRejected, ServerError, ServerUnreachable
-from megatron_fapo.records import GenerationRequest, Ints, Message, Sampling
-from megatron_fapo.serving.interface import Generator
+from megatron_fapo.records import GenerationRequest, Ints, Message, Sampling, ints
+from megatron_fapo.serving.interface import Scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,14 +48,17 @@ class ChatCodec(Protocol):
     def encode_chat(self, messages: Sequence[Message]) -> Ints:
         """[T] ids of a chat under the template, generation prompt included."""
 
+    def encode(self, text: str) -> Ints:
+        """[T] ids of text as it stands."""
+
     def decode(self, token_ids: Ints) -> str:
         """Text without special tokens."""
 
 
 class Served:
-    """A judge on generation servers of ours."""
+    """A judge on generation servers."""
 
-    def __init__(self, servers: Generator, tokenizer: ChatCodec) -> None:
+    def __init__(self, servers: Scorer, tokenizer: ChatCodec) -> None:
         self._servers = servers
         self._tokenizer = tokenizer
 
@@ -76,6 +81,27 @@ class Served:
                 complete=generation.finish_reason == "stop",
                 tokens=len(generation.token_ids),
             )
+
+    async def flaw_probability(
+        self, name: str, messages: Sequence[Message], paragraphs: int, said: str = ""
+    ) -> tuple[float, int]:
+        r"""(P(flawed), the likeliest wrong paragraph), were the judge to write `said` and then its `\boxed{}`.
+
+        A prefill alone: the tokens in which the verdicts -1, 0, ..., paragraphs - 1 first differ are weighed against
+        each other. Without `said` it is the verdict without reasoning. Where all indices begin with one token the
+        likeliest paragraph is 0. Raises ServerError.
+        """
+        verdicts = [self._tokenizer.encode(f"{said}{OPENING}{index}}}").tolist() for index in range(-1, paragraphs)]
+        common = next(place for place, tokens in enumerate(zip(*verdicts, strict=False)) if len(set(tokens)) > 1)
+        first = [verdict[common] for verdict in verdicts]
+        prompt = ints([*self._tokenizer.encode_chat(messages).tolist(), *verdicts[0][:common]])
+        choices = sorted(set(first))
+        logprobs = await self._servers.choices(name, prompt, choices)
+        likely = {token: math.exp(logprob) for token, logprob in zip(choices, logprobs, strict=True)}
+        clean = likely[first[0]]
+        flawed = sum(likely[token] for token in set(first[1:]) - {first[0]})
+        wrong = max(range(paragraphs), key=lambda index: likely[first[1 + index]])
+        return (flawed / (clean + flawed) if clean + flawed else 0.5), wrong
 
 
 class OpenAI:

@@ -1,129 +1,150 @@
-"""One solution's verdict: ask, wait within a deadline, parse, retry, count votes."""
+"""One solution's verdict: a place in the queue, the cascade, the long verdict, retries, votes, deadlines."""
 
 import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Literal
 
+from megatron_fapo.critique.boxed import OPENING
 from megatron_fapo.critique.paragraphs import split
 from megatron_fapo.critique.prompt import judge_prompt
 from megatron_fapo.critique.verdict import parse_verdict
 from megatron_fapo.errors import RequestRejected, ServerError
+from megatron_fapo.judge.answerer import Question, Served
+from megatron_fapo.judge.places import Full, Places
 from megatron_fapo.judge.settings import JudgeSettings
-from megatron_fapo.records import GenerationRequest, Ints, Message, NotJudged, Prompt, Sampling, Verdict
-from megatron_fapo.serving.interface import Generator
+from megatron_fapo.records import Message, NotJudged, Prompt, Verdict
 from megatron_fapo.trace import Clock
 
 VoteRule = Literal["majority", "agreement"]
 
 
-class ChatCodec(Protocol):
-    """The judge model's tokenizer."""
-
-    eos_ids: tuple[int, ...]
-
-    def encode_chat(self, messages: Sequence[Message]) -> Ints:
-        """[T] ids of a chat under the template, generation prompt included."""
-
-    def decode(self, token_ids: Ints) -> str:
-        """Text without special tokens."""
-
-
 class Asker:
-    """Asks a judge server for verdicts. Stateless but for its limit of solutions in flight.
+    """Asks a judge for verdicts. Stateless but for its queue.
 
     `judged(start, end)` is told when each solution was at the judge, on the clock's scale.
     """
 
     def __init__(
         self,
-        servers: Generator,
-        tokenizer: ChatCodec,
+        judge: Served,
         settings: JudgeSettings,
         clock: Clock,
         seed: int,
         judged: Callable[[float, float], None] = lambda start, end: None,
     ) -> None:
-        self._servers = servers
-        self._tokenizer = tokenizer
+        self._judge = judge
         self._settings = settings
         self._clock = clock
         self._seed = seed
         self._judged = judged
-        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._places = Places(settings.concurrency, settings.queue)
 
-    async def ask(self, prompt: Prompt, solution: str, name: str) -> Verdict | NotJudged:
+    async def ask(self, prompt: Prompt, solution: str, name: str, urgency: int = 0) -> Verdict | NotJudged:
         """The verdict on `solution`, or NotJudged("failed") with the reason; never raises a server's error.
 
         The seed depends on the run, the prompt and the solution's text, not on which of several identical
-        rollouts happened to arrive first. `name` is the rollout's id, to be found again in the server's log.
+        rollouts happened to arrive first. `name` is the rollout's id, to be found again in the server's log. The
+        lower `urgency` is, the earlier it gets its place.
         """
-        attempts = _Attempts()
-        verdict = self._attempt_until_usable(prompt, solution, name, attempts)
-        async with self._slots:
+        case = _Case(prompt=prompt, solution=solution, name=name, paragraphs=len(split(solution)))
+        if case.paragraphs == 0:
+            return NotJudged(reason="failed", why="empty solution")
+        try:
+            await self._places.enter(urgency)
+        except Full:
+            return NotJudged(reason="failed", why="queue full")
+        try:
             start = self._clock.now()
-            result = await _within(self._clock, self._settings.deadline, verdict)
+            result = await _within(self._clock, self._settings.deadline, self._verdict(case))
             self._judged(start, self._clock.now())
-        if result is None:
-            return NotJudged(reason="failed", why="deadline", tokens=attempts.tokens)
-        return result
+        finally:
+            self._places.leave()
+        return result or NotJudged(reason="failed", why="deadline", tokens=case.tokens)
 
-    async def _attempt_until_usable(
-        self, prompt: Prompt, solution: str, name: str, attempts: "_Attempts"
-    ) -> Verdict | NotJudged:
-        count = len(split(solution))
-        tokens = self._tokenizer.encode_chat(judge_prompt(prompt.question, prompt.reference_answer, solution))
-        why = "empty solution" if count == 0 else ""
+    async def _verdict(self, case: "_Case") -> Verdict | NotJudged:
+        if self._settings.cascade is not None:
+            short = await self._short(case)
+            if short is not None:
+                return short
+        verdict = await self._long(case)
+        if self._settings.probability == "token" and isinstance(verdict, Verdict):
+            return await self._with_probability(case, verdict)
+        return verdict
+
+    async def _short(self, case: "_Case") -> Verdict | None:
+        """The verdict without reasoning where it is clear; None where the long one must be asked."""
+        limits = self._settings.cascade
+        assert limits is not None
+        try:
+            p, wrong = await self._judge.flaw_probability(f"{case.name}-score", case.messages, case.paragraphs)
+        except ServerError:
+            return None
+        case.tokens += 1
+        clear = {-1: p < limits.clean_below, wrong: limits.flawed_above is not None and p > limits.flawed_above}
+        for index, holds in clear.items():
+            if holds:
+                return Verdict(first_wrong=index, p_flawed=p, votes=1, tokens=case.tokens, text="", short=True)
+        return None
+
+    async def _long(self, case: "_Case") -> Verdict | NotJudged:
+        why = ""
         for attempt in range(self._settings.retries + 1):
-            if count == 0:
-                break
             try:
-                texts = await self._generate(prompt, solution, name, tokens, attempt, attempts)
+                texts = await self._answers(case, attempt)
             except RequestRejected as error:
                 why = f"refused: {error}"
                 break
             except ServerError as error:
                 why = f"server: {error}"
                 continue
-            verdict, why = count_votes(texts, count, attempts.tokens, self._settings.vote_rule)
+            verdict, why = count_votes(texts, case.paragraphs, case.tokens, self._settings.vote_rule)
             if verdict is not None:
                 return verdict
             if self._settings.temperature == 0.0:
                 break
-        return NotJudged(reason="failed", why=why, tokens=attempts.tokens)
+        return NotJudged(reason="failed", why=why, tokens=case.tokens)
 
-    async def _generate(
-        self, prompt: Prompt, solution: str, name: str, tokens: Ints, attempt: int, attempts: "_Attempts"
-    ) -> list[tuple[str, bool]]:
+    async def _answers(self, case: "_Case", attempt: int) -> list[tuple[str, bool]]:
         """(text, complete) of every vote."""
         votes = range(self._settings.votes)
-        request = GenerationRequest(
-            ids=tuple(f"{name}-judge-a{attempt}-v{vote}" for vote in votes),
-            token_ids=tokens,
-            seeds=tuple(self._seed_of(prompt.id, solution, attempt, vote) for vote in votes),
-            sampling=Sampling(
-                temperature=self._settings.temperature,
-                top_p=self._settings.top_p,
-                max_new_tokens=self._settings.max_new_tokens,
-                stop_token_ids=self._tokenizer.eos_ids,
-            ),
+        question = Question(
+            ids=tuple(f"{case.name}-judge-a{attempt}-v{vote}" for vote in votes),
+            seeds=tuple(self._seed_of(case, attempt, vote) for vote in votes),
+            messages=case.messages,
+            temperature=self._settings.temperature,
+            top_p=self._settings.top_p,
+            max_new_tokens=self._settings.max_new_tokens,
         )
         texts = []
-        async for generation in self._servers.generate(request):
-            attempts.tokens += len(generation.token_ids)
-            texts.append((self._tokenizer.decode(generation.token_ids), generation.finish_reason == "stop"))
+        async for answer in self._judge.answers(question):
+            case.tokens += answer.tokens
+            texts.append((answer.text, answer.complete))
         return texts
 
-    def _seed_of(self, prompt_id: str, solution: str, attempt: int, vote: int) -> int:
-        words = f"{self._seed}/{prompt_id}/{attempt}/{vote}/{solution}".encode()
+    async def _with_probability(self, case: "_Case", verdict: Verdict) -> Verdict:
+        """The same with P(flawed) read from the verdict's token, after the reasoning that led to it."""
+        said = verdict.text[: verdict.text.rindex(OPENING)]
+        try:
+            p, _ = await self._judge.flaw_probability(f"{case.name}-p", case.messages, case.paragraphs, said)
+        except ServerError:
+            return verdict
+        return replace(verdict, p_flawed=p, tokens=case.tokens + 1)
+
+    def _seed_of(self, case: "_Case", attempt: int, vote: int) -> int:
+        words = f"{self._seed}/{case.prompt.id}/{attempt}/{vote}/{case.solution}".encode()
         return int.from_bytes(hashlib.blake2b(words, digest_size=4).digest(), "big") >> 1
 
 
-class _Attempts:
-    """Tokens spent so far; outlives a deadline."""
+class _Case:
+    """A solution at the judge, with the tokens spent on it so far; outlives a deadline."""
 
-    tokens = 0
+    def __init__(self, prompt: Prompt, solution: str, name: str, paragraphs: int) -> None:
+        self.prompt, self.solution, self.name, self.paragraphs = prompt, solution, name, paragraphs
+        self.messages: tuple[Message, ...] = judge_prompt(prompt.question, prompt.reference_answer, solution)
+        self.tokens = 0
 
 
 def count_votes(

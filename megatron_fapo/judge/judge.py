@@ -7,18 +7,23 @@ each later one on arrival. So where the skip is lossless no call is wasted, and 
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_fapo.algorithm.advantages import needs_verdict
-from megatron_fapo.algorithm.rewards import flaw_penalty, shaped
+from megatron_fapo.algorithm.rewards import PERFECT, Rates, flaw_penalty, shaped
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.errors import JudgeError
 from megatron_fapo.judge.ask import Asker
 from megatron_fapo.judge.settings import JudgeSettings
 from megatron_fapo.records import Group, NotJudged, Outcome, Prompt, Rollout, Verdict
+from megatron_fapo.trace import Clock, SystemClock
 
 VerdictTask = asyncio.Task[Verdict | NotJudged]
+
+MIXED, ALL_RIGHT_SO_FAR = 0, 1
+"""Urgency of a verdict: λ acts in groups of three classes, so those with a wrong rollout go first."""
 
 ENOUGH_TO_TELL = 16
 """Below this many asked verdicts a share of failures says nothing."""
@@ -34,6 +39,12 @@ class Rules:
     max_tokens: int
     """The response limit, for overlong shaping."""
 
+    @property
+    def rates(self) -> Rates:
+        """The judge's error rates, as far as they are known."""
+        known = self.judge.rates
+        return PERFECT if known is None else Rates(tpr=known.tpr, fpr=known.fpr)
+
     def matters(self, step: int, distinct_right: int, landed: Sequence[tuple[Rollout, Outcome]]) -> bool:
         """Whether a verdict can change an advantage in a group of this step with so many right solutions so far."""
         reward = self.algorithm.reward
@@ -44,6 +55,7 @@ class Rules:
             group_size=self.group_size,
             penalty=flaw_penalty(step, reward),
             algorithm=self.algorithm,
+            rates=self.rates,
             uneven=graded or shaped(lengths, self.max_tokens, reward.overlong),
         )
 
@@ -56,6 +68,7 @@ class GroupJudge:
     rules: Rules
     step: int
     prompt: Prompt
+    end: "StepEnd"
     _landed: list[tuple[Rollout, Outcome]] = field(default_factory=list)
     _asked: dict[str, VerdictTask] = field(default_factory=dict)
     """By the solution's text: identical solutions share their verdict."""
@@ -104,12 +117,61 @@ class GroupJudge:
         return NotJudged(reason="skipped")
 
     def _ask(self, rollout: Rollout) -> VerdictTask:
-        return asyncio.ensure_future(self.asker.ask(self.prompt, rollout.text, rollout.id))
+        mixed = not all(outcome.right for _, outcome in self._landed)
+        urgency = MIXED if mixed else ALL_RIGHT_SO_FAR
+        return asyncio.ensure_future(
+            self.end.unless_over(self.asker.ask(self.prompt, rollout.text, rollout.id, urgency))
+        )
 
     def _drawn(self, rollout: Rollout) -> bool:
         """Whether a skipped rollout is drawn for a probe; the draw depends on its id alone."""
         draw = int.from_bytes(hashlib.blake2b(rollout.id.encode(), digest_size=4).digest(), "big") / 2**32
         return draw < self.rules.judge.probe_share
+
+
+class StepEnd:
+    """The deadline of a step's verdicts: `seconds` after the last of its groups has been generated.
+
+    Use as an asynchronous context manager around the step; its end ends the timer.
+    """
+
+    def __init__(self, clock: Clock, seconds: float | None, groups: int) -> None:
+        self._clock = clock
+        self._seconds = seconds
+        self._generating = groups
+        self._timer: asyncio.Task[None] | None = None
+        self._over = asyncio.Event()
+
+    async def __aenter__(self) -> "StepEnd":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            await asyncio.gather(self._timer, return_exceptions=True)
+
+    def generated(self) -> None:
+        """One group more is generated; after the last the time runs."""
+        self._generating -= 1
+        if self._generating == 0 and self._seconds is not None:
+            self._timer = asyncio.ensure_future(self._wait(self._seconds))
+
+    async def unless_over(self, work: Coroutine[Any, Any, Verdict | NotJudged]) -> Verdict | NotJudged:
+        """The result of `work`, or a failed verdict when the step's time is over first."""
+        if self._seconds is None:
+            return await work
+        task, over = asyncio.ensure_future(work), asyncio.ensure_future(self._over.wait())
+        try:
+            await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else NotJudged(reason="failed", why="step deadline")
+        finally:
+            task.cancel()
+            over.cancel()
+            await asyncio.gather(task, over, return_exceptions=True)
+
+    async def _wait(self, seconds: float) -> None:
+        await self._clock.sleep(seconds)
+        self._over.set()
 
 
 class NoJudge:
@@ -133,14 +195,24 @@ class NoJudge:
 class Judge:
     """Opens a `GroupJudge` for each group, or a `NoJudge` when there are no judge servers."""
 
-    def __init__(self, asker: Asker | None, rules: Rules) -> None:
+    def __init__(self, asker: Asker | None, rules: Rules, clock: Clock | None = None) -> None:
         self._asker = asker
+        self._clock = clock or SystemClock()
         self._rules = rules
         self._asked = self._failed = 0
 
-    def open(self, step: int, prompt: Prompt) -> GroupJudge | NoJudge:
+    def step(self, groups: int) -> "StepEnd":
+        """What ends the verdicts of a step of that many groups; an asynchronous context manager."""
+        return StepEnd(self._clock, self._rules.judge.step_deadline, groups)
+
+    def open(self, step: int, prompt: Prompt, end: "StepEnd") -> GroupJudge | NoJudge:
         """A judge for one group."""
-        return NoJudge() if self._asker is None else GroupJudge(self._asker, self._rules, step, prompt)
+        return NoJudge() if self._asker is None else GroupJudge(self._asker, self._rules, step, prompt, end)
+
+    @property
+    def rates(self) -> Rates:
+        """The judge's error rates, as far as they are known."""
+        return self._rules.rates
 
     def check(self, groups: Sequence[Group]) -> None:
         """Raise JudgeError when too many verdicts failed to trust the run.

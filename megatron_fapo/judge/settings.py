@@ -1,10 +1,43 @@
 """Settings of the judge (GenRM)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_fapo.settings import Settings
+
+
+class CascadeSettings(Settings):
+    """The judge's verdict without reasoning, by its probability: clear cases end there, at the cost of a prefill.
+
+    `tools/calibrate_judge.py` chooses the thresholds from measured errors.
+    """
+
+    clean_below: Annotated[float, Field(ge=0, le=1)]
+    """P(flawed) below which a solution counts as clean without a long verdict; 0 never."""
+    flawed_above: Annotated[float, Field(ge=0, le=1)] | None = None
+    """P(flawed) above which it counts as flawed; null never. The index is a guess then."""
+
+    @model_validator(mode="after")
+    def _leave_a_middle(self) -> Self:
+        if self.flawed_above is not None and self.flawed_above < self.clean_below:
+            raise ValueError(f"flawed_above = {self.flawed_above} is less than clean_below = {self.clean_below}")
+        return self
+
+
+class RatesSettings(Settings):
+    """How often the judge flags, as measured before the run."""
+
+    tpr: Annotated[float, Field(ge=0, le=1)]
+    """Of flawed right answers: recall."""
+    fpr: Annotated[float, Field(ge=0, le=1)]
+    """Of clean right answers."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.tpr <= self.fpr:
+            raise ValueError(f"tpr = {self.tpr} is not above fpr = {self.fpr}: such a judge's verdicts say nothing")
+        return self
 
 
 class JudgeSettings(Settings):
@@ -16,6 +49,13 @@ class JudgeSettings(Settings):
     """Verdicts a solution."""
     vote_rule: Literal["majority", "agreement"] = "majority"
     """How votes decide: `majority` flags when at least half of them do, `agreement` when all of them do."""
+    probability: Literal["votes", "token"] = "votes"
+    """What P(flawed) is: the share of votes that flag, or the probability of the verdict's token after the reasoning
+    (one more prefill)."""
+    cascade: CascadeSettings | None = None
+    """Score solutions by a prefill first, and ask for long verdicts only where that is not clear; off when null."""
+    rates: RatesSettings | None = None
+    """The judge's known error rates, until an audit has measured them; null takes it for perfect."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 is greedy; votes above 1 need more."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -23,7 +63,11 @@ class JudgeSettings(Settings):
     max_new_tokens: Annotated[int, Field(gt=0)] = 8192
     """A verdict cut here counts as failed."""
     concurrency: Annotated[int, Field(gt=0)] = 1024
-    """Solutions in flight at the judge's servers."""
+    """Solutions in flight at the judge's servers. Groups that have a wrong rollout too get their places first."""
+    queue: Annotated[int, Field(gt=0)] = 65536
+    """Solutions that may wait for a place; one more counts as failed."""
+    step_deadline: Annotated[float, Field(gt=0)] | None = None
+    """Seconds from the end of a step's generation after which its outstanding verdicts count as failed; null waits."""
     deadline: Annotated[float, Field(gt=0)] = 600.0
     """Seconds from the moment a solution has a place among the `concurrency` to its verdict, all attempts together."""
     retries: Annotated[int, Field(ge=0)] = 2

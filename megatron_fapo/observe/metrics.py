@@ -150,12 +150,15 @@ def _judge_metrics(groups: Sequence[Group]) -> Metrics:
         return {}
     # One verdict object serves all identical solutions of a group: what the judge did is counted once.
     verdicts = list({id(judged.verdict): judged.verdict for judged in rollouts}.values())
+    judged = [j.verdict for j in rollouts if isinstance(j.verdict, Verdict)]
     asked = [v for v in verdicts if isinstance(v, Verdict) or v.reason == "failed"]
     return {
         "judge/asked": float(len(asked)),
         "judge/judged": float(len(rollouts) - len(reasons)),
         "judge/skipped": float(reasons.count("skipped")),
         "judge/failed": float(reasons.count("failed")),
+        "judge/shared": float(len(judged) - len({id(verdict) for verdict in judged})),
+        "judge/short": float(sum(isinstance(v, Verdict) and v.short for v in verdicts)),
         "judge/probes": float(sum(isinstance(j.verdict, NotJudged) and j.verdict.probe is not None for j in rollouts)),
         "judge/tokens": float(sum(verdict.tokens for verdict in verdicts)),
         "judge/parsed_share": share(sum(isinstance(v, Verdict) for v in asked), len(asked)),
@@ -166,18 +169,19 @@ def _judge_metrics(groups: Sequence[Group]) -> Metrics:
 def _agreement(rollouts: Sequence[Judged]) -> Metrics:
     """The judge against the oracle, over right answers that have both."""
     pairs = [
-        (judged.verdict.first_wrong, judged.oracle)
+        (judged.verdict.first_wrong, judged.oracle, judged.verdict.short)
         for judged in rollouts
         if judged.outcome.right and isinstance(judged.verdict, Verdict) and judged.oracle is not None
     ]
-    both = [(judge, oracle) for judge, oracle in pairs if judge != -1 and oracle != -1]
-    flagged = sum(judge != -1 for judge, _ in pairs)
-    flawed = sum(oracle != -1 for _, oracle in pairs)
+    both = [(judge, oracle, short) for judge, oracle, short in pairs if judge != -1 and oracle != -1]
+    named = [(judge, oracle) for judge, oracle, short in both if not short]
+    flagged = sum(judge != -1 for judge, _, _ in pairs)
+    flawed = sum(oracle != -1 for _, oracle, _ in pairs)
     return {
         "judge/precision": share(len(both), flagged),
         "judge/recall": share(len(both), flawed),
         "judge/f1": share(2 * len(both), flagged + flawed),
-        "judge/same_step_share": share(sum(judge == oracle for judge, oracle in both), len(both)),
+        "judge/same_step_share": share(sum(judge == oracle for judge, oracle in named), len(named)),
     }
 
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from megatron_fapo.algorithm.rewards import informative, usable
+from megatron_fapo.algorithm.rewards import Rates, informative, usable
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.critique.paragraphs import paragraph_spans, token_spans
 from megatron_fapo.errors import DataError, JudgeError, ServerError
-from megatron_fapo.judge.ask import ChatCodec
-from megatron_fapo.judge.judge import Judge
+from megatron_fapo.judge.answerer import ChatCodec
+from megatron_fapo.judge.judge import Judge, StepEnd
 from megatron_fapo.records import (
     Generation,
     GenerationRequest,
@@ -56,6 +56,11 @@ class Sampler:
         self._algorithm = algorithm
         self._seed = seed
         self._progress = progress
+
+    @property
+    def rates(self) -> Rates:
+        """The judge's error rates, as far as they are known."""
+        return self._judge.rates
 
     async def collect(self, step: int, cursor: int) -> list[Group]:
         """The groups of a step: `prompts_per_step` prompts of the training stream from `cursor` on.
@@ -107,13 +112,14 @@ class Sampler:
                     f"prompt {prompt.id} has {len(prompt.token_ids)} tokens, rollout.max_prompt_tokens is "
                     f"{self._settings.max_prompt_tokens}: raise it or leave the row out"
                 )
-        groups = await all_or_first_error([self._group(step, prompt) for prompt in prompts])
+        async with self._judge.step(len(prompts)) as end:
+            groups = await all_or_first_error([self._group(step, prompt, end) for prompt in prompts])
         self._judge.check(groups)
         return groups
 
-    async def _group(self, step: int, prompt: Prompt) -> Group:
+    async def _group(self, step: int, prompt: Prompt, end: StepEnd) -> Group:
         request = self._request(step, prompt)
-        judge = self._judge.open(step, prompt)
+        judge = self._judge.open(step, prompt, end)
         landed: dict[str, tuple[Rollout, asyncio.Task[None]]] = {}
         outcomes = {}
 
@@ -128,6 +134,7 @@ class Sampler:
                 self._progress(1)
             if set(landed) != set(request.ids):
                 raise ServerError(f"{len(landed)} of {len(request.ids)} samples came back", prompt=prompt.id, step=step)
+            end.generated()
             await asyncio.gather(*(checking for _, checking in landed.values()))
             verdicts = await judge.verdicts()
         except BaseException:

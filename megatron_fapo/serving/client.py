@@ -16,7 +16,7 @@ import aiohttp
 import numpy as np
 
 from megatron_fapo.errors import RequestRejected, ServerError, ServerUnreachable
-from megatron_fapo.records import Bucket, Generation, GenerationRequest, VersionSpan, floats, ints
+from megatron_fapo.records import Bucket, Generation, GenerationRequest, Ints, VersionSpan, floats, ints
 
 Json = dict[str, Any]
 PauseMode = Literal["in_place", "retract", "abort"]
@@ -109,6 +109,24 @@ class ServerClient:
             "return_logprob": True,
         }
         return _from_sglang(rid, await self._json("POST", "/generate", body, rid), self.url)
+
+    async def choices(self, rid: str, token_ids: Ints, choices: Sequence[int]) -> list[float]:
+        """The log-prob of each of the tokens `choices` right after `token_ids`, at temperature 1: a prefill alone."""
+        body = {
+            "rid": rid,
+            "input_ids": token_ids.tolist(),
+            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+            "return_logprob": True,
+            "token_ids_logprob": list(choices),
+        }
+        answer = await self._json("POST", "/generate", body, rid)
+        try:
+            found = {
+                int(token): float(logprob) for logprob, token, _ in answer["meta_info"]["output_token_ids_logprobs"][0]
+            }
+            return [found[token] for token in choices]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ServerError(f"{self.url}: no log-probs of the tokens asked for: {error!r}", request=rid) from None
 
     # Weights.
 
@@ -254,6 +272,18 @@ class ServerGroup:
             left = GenerationRequest(
                 ids=tuple(waiting), seeds=tuple(waiting.values()), token_ids=left.token_ids, sampling=left.sampling
             )
+
+    async def choices(self, rid: str, token_ids: Ints, choices: Sequence[int]) -> list[float]:
+        """`ServerClient.choices` where the fewest samples are outstanding; at another server when that one dies."""
+        for client in sorted(self.clients, key=lambda c: (c.failing, self._outstanding[c])):
+            self._outstanding[client] += 1
+            try:
+                return await client.choices(rid, token_ids, choices)
+            except ServerUnreachable as error:
+                last = error
+            finally:
+                self._outstanding[client] -= 1
+        raise last
 
     async def close(self) -> None:
         """Close all connections."""

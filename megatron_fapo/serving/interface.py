@@ -3,10 +3,10 @@
 `serving.client.ServerClient` talks to a real server; the virtual-time tests and the simulator bring their own.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
-from megatron_fapo.records import Bucket, Generation, GenerationRequest
+from megatron_fapo.records import Bucket, Generation, GenerationRequest, Ints
 
 
 class Generator(Protocol):
@@ -14,6 +14,13 @@ class Generator(Protocol):
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[Generation]:
         """Yield the samples of a request, each as soon as it is finished, in any order, each exactly once."""
+
+
+class Scorer(Generator, Protocol):
+    """A generator that also says how likely it finds given tokens."""
+
+    async def choices(self, rid: str, token_ids: Ints, choices: Sequence[int]) -> list[float]:
+        """The log-prob of each of the tokens `choices` right after `token_ids`, at temperature 1: a prefill alone."""
 
 
 class WeightReceiver(Protocol):

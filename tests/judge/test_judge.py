@@ -1,14 +1,19 @@
 """Which verdicts are asked, when, and what failures become; the judge's server lives in virtual time."""
 
+import asyncio
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_fapo.algorithm.settings import AlgorithmSettings, OverlongSettings, RewardSettings
 from megatron_fapo.errors import JudgeError, RequestRejected, ServerUnreachable
+from megatron_fapo.judge.answerer import Served
 from megatron_fapo.judge.ask import Asker
-from megatron_fapo.judge.judge import Judge, Rules
-from megatron_fapo.judge.settings import JudgeSettings
+from megatron_fapo.judge.judge import Judge, Rules, StepEnd
+from megatron_fapo.judge.places import Places
+from megatron_fapo.judge.settings import CascadeSettings, JudgeSettings
 from megatron_fapo.records import NotJudged, Outcome, Prompt, Verdict, ints
 from tests.builders import FAILED, make_group, make_rollout
 from tests.virtual_time import LoopClock, ModelledServer, Words, run_virtual
@@ -28,8 +33,9 @@ def judge_group(solutions, *, server=None, answers=None, settings=None, algorith
     server = server or ModelledServer(lambda request, index: ((answers or {}).get(_solution(request), CLEAN), 5.0))
 
     async def work():
-        asker = Asker(server, Words(), settings, LoopClock(), seed=1)
-        judge = Judge(asker, rules(settings, algorithm, len(solutions))).open(0, PROMPT)
+        asker = Asker(Served(server, Words()), settings, LoopClock(), seed=1)
+        whole = Judge(asker, rules(settings, algorithm, len(solutions)), LoopClock())
+        judge = whole.open(0, PROMPT, whole.step(1))
         for number, text in enumerate(solutions):
             await LoopClock().sleep(gap)
             judge.add(make_rollout(f"r{number}", "p0", text or "nonsense"), _outcome(text is not None))
@@ -98,7 +104,7 @@ def test_probes_are_for_the_metrics_alone():
 def test_the_share_of_probes_is_the_configured_one(share):
     from megatron_fapo.judge.judge import GroupJudge
 
-    judge = GroupJudge(None, rules(JudgeSettings(probe_share=share)), 0, PROMPT)
+    judge = GroupJudge(None, rules(JudgeSettings(probe_share=share)), 0, PROMPT, StepEnd(LoopClock(), None, 1))
     drawn = sum(judge._drawn(make_rollout(f"s0-p{i}-r0", "p")) for i in range(500))
     assert abs(drawn / 500 - share) < 0.1
 
@@ -166,7 +172,9 @@ def test_the_time_at_the_judge_is_told():
 
     async def work():
         server = ModelledServer(lambda request, index: (CLEAN, 5.0))
-        asker = Asker(server, Words(), JudgeSettings(), LoopClock(), seed=1, judged=lambda *span: told.append(span))
+        asker = Asker(
+            Served(server, Words()), JudgeSettings(), LoopClock(), seed=1, judged=lambda *span: told.append(span)
+        )
         await LoopClock().sleep(2.0)
         await asker.ask(PROMPT, "one", "r0")
 
@@ -211,9 +219,151 @@ def test_a_graded_task_is_judged_where_a_skip_would_lose_something():
 
 def test_without_a_judge_right_rollouts_are_not_judged():
     async def work():
-        judge = Judge(None, rules(JudgeSettings())).open(0, PROMPT)
+        judge = Judge(None, rules(JudgeSettings())).open(0, PROMPT, StepEnd(LoopClock(), None, 1))
         judge.add(make_rollout("r0", "p0"), _outcome(True))
         judge.add(make_rollout("r1", "p0"), _outcome(False))
         return await judge.verdicts()
 
     assert run_virtual(work()) == {"r0": NotJudged(reason="off"), "r1": NotJudged(reason="wrong")}
+
+
+def scored(clean: float, **settings) -> tuple[JudgeSettings, ModelledServer]:
+    """A judge that finds every solution clean with this probability, and flags all at length."""
+    server = ModelledServer(
+        lambda request, index: (SECOND_IS_WRONG, 5.0),
+        likely=lambda text: {"-": clean, "0": (1 - clean) / 4, "1": 3 * (1 - clean) / 4},
+    )
+    return JudgeSettings(probe_share=0.0, cascade=CascadeSettings(**settings)), server
+
+
+@pytest.mark.parametrize(("clean", "first_wrong", "short"), [(0.99, -1, True), (0.7, 1, False), (0.01, 1, True)])
+def test_the_cascade_ends_clear_cases_and_asks_about_the_others(clean, first_wrong, short):
+    settings, server = scored(clean, clean_below=0.05, flawed_above=0.95)
+    verdicts, _ = judge_group(["one\n\nb", "two\n\nb"], server=server, settings=settings)
+    assert [(v.first_wrong, v.short) for v in verdicts] == [(first_wrong, short)] * 2
+    assert len(asked(server)) == (0 if short else 2)
+    assert verdicts[0].tokens == 1 if short else verdicts[0].tokens > 1
+    if short:
+        assert verdicts[0].p_flawed == pytest.approx(1 - clean)
+
+
+def test_without_an_upper_threshold_no_flag_is_short():
+    settings, server = scored(0.01, clean_below=0.05)
+    verdicts, _ = judge_group(["one\n\nb", "two\n\nb"], server=server, settings=settings)
+    assert not verdicts[0].short
+    assert verdicts[0].flawed
+
+
+def test_a_score_that_does_not_come_leads_to_the_long_verdict():
+    settings, server = scored(0.99, clean_below=0.05)
+    server.failures += [ServerUnreachable("down")]
+    verdicts, _ = judge_group(["one\n\nb", "two\n\nb"], server=server, settings=settings)
+    assert [v.short for v in verdicts] == [False, True]
+
+
+def test_the_probability_of_the_verdict_s_token_is_asked_after_the_reasoning():
+    seen = []
+
+    def likely(text):
+        seen.append(text)
+        return {"-": 0.2, "0": 0.1, "1": 0.5}
+
+    server = ModelledServer(lambda request, index: (SECOND_IS_WRONG, 5.0), likely=likely)
+    settings = JudgeSettings(probe_share=0.0, probability="token")
+    verdicts, _ = judge_group(["one\n\nb", "two\n\nb"], server=server, settings=settings)
+    assert verdicts[0].p_flawed == pytest.approx(0.75)
+    assert verdicts[0].first_wrong == 1
+    assert all(text.endswith("look at 1: \\boxed{") for text in seen)
+
+
+def test_groups_with_a_wrong_rollout_are_judged_first():
+    server = ModelledServer(lambda request, index: (CLEAN, 10.0))
+
+    async def work():
+        settings = JudgeSettings(concurrency=1, probe_share=0.0)
+        judge = Judge(Asker(Served(server, Words()), settings, LoopClock(), seed=1), rules(settings), LoopClock())
+        end = judge.step(2)
+        groups = {name: judge.open(0, replace(PROMPT, id=name), end) for name in ("right", "mixed")}
+        for number, (name, text) in enumerate(
+            [("right", "a"), ("right", "b"), ("right", "c"), ("mixed", None), ("mixed", "a"), ("mixed", "b")]
+        ):
+            groups[name].add(make_rollout(f"{name}{number}", name, text or "x"), _outcome(text is not None))
+            await LoopClock().sleep(0.1)
+        for group in groups.values():
+            await group.verdicts()
+
+    run_virtual(work())
+    names = [name.split("-")[0].rstrip("012345") for _, name in asked(server)]
+    assert names == ["right", "mixed", "mixed", "right", "right"]
+
+
+def test_a_full_queue_refuses_by_name():
+    server = ModelledServer(lambda request, index: (CLEAN, 10.0))
+    settings = JudgeSettings(concurrency=1, queue=1, probe_share=0.0)
+    verdicts, _ = judge_group(["one", "two", "three"], server=server, settings=settings, gap=0.1)
+    assert reasons(verdicts) == ["verdict", "verdict", "failed"]
+    assert verdicts[2].why == "queue full"
+
+
+def test_the_step_s_deadline_runs_from_the_end_of_its_generation():
+    """Verdicts take 10 s one after the other; generation ends at 2 s, and at 2 + 15 s only one verdict is there."""
+    server = ModelledServer(lambda request, index: (CLEAN, 10.0))
+
+    async def work():
+        settings = JudgeSettings(concurrency=1, probe_share=0.0, step_deadline=15.0)
+        judge = Judge(Asker(Served(server, Words()), settings, LoopClock(), seed=1), rules(settings), LoopClock())
+        async with judge.step(2) as end:
+            end.generated()  # another group, long before
+            group = judge.open(0, PROMPT, end)
+            for number, text in enumerate("abc"):
+                group.add(make_rollout(f"r{number}", "p0", text), _outcome(True))
+            await LoopClock().sleep(2.0)
+            end.generated()
+            results = await group.verdicts()
+        return list(results.values()), LoopClock().now()
+
+    verdicts, now = run_virtual(work())
+    assert now == 17.0
+    assert reasons(verdicts) == ["verdict", "failed", "failed"]
+    assert verdicts[1].why == "step deadline"
+
+
+def test_a_place_given_to_one_who_leaves_at_that_moment_goes_on():
+    async def work():
+        places = Places(1, 10)
+        await places.enter(0)
+        first, second = (asyncio.ensure_future(places.enter(0)) for _ in range(2))
+        await asyncio.sleep(0)
+        places.leave()  # to the first, who is cancelled before it hears of it
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await asyncio.wait_for(second, 1.0)
+
+    run_virtual(work())
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=12), st.integers(1, 3))
+def test_places_are_never_lost_and_the_most_urgent_goes_first(visitors, limit):
+    """Some visitors are cancelled while they wait."""
+    entered = []
+
+    async def work():
+        places = Places(limit, 100)
+
+        async def visit(number, urgency):
+            await places.enter(urgency)
+            entered.append((number, urgency))
+            await LoopClock().sleep(1.0)
+            places.leave()
+
+        tasks = [asyncio.ensure_future(visit(n, urgency)) for n, (urgency, _) in enumerate(visitors)]
+        await LoopClock().sleep(0.5)
+        for task, (_, leaves) in zip(tasks, visitors, strict=True):
+            if leaves and not task.done() and tasks.index(task) not in [n for n, _ in entered]:
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return places._free
+
+    assert run_virtual(work()) == limit
+    waited = [urgency for _, urgency in entered[limit:]]
+    assert waited == sorted(waited)

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.errors import DataError, JudgeError, ServerError, ServerUnreachable, TaskError
+from megatron_fapo.judge.answerer import Served
 from megatron_fapo.judge.ask import Asker
 from megatron_fapo.judge.judge import Judge, Rules
 from megatron_fapo.judge.settings import JudgeSettings
@@ -43,11 +44,11 @@ def sampler_of(policy, judge_server, *, prompts=2, size=2, settings=None, algori
     rollout = RolloutSettings(prompts_per_step=prompts, group_size=size, **(settings or {}))
     judge_settings = JudgeSettings(probe_share=0.0)
     rules = Rules(judge=judge_settings, algorithm=algorithm, group_size=size, max_tokens=100)
-    asker = Asker(judge_server, Words(), judge_settings, LoopClock(), seed=1)
+    asker = Asker(Served(judge_server, Words()), judge_settings, LoopClock(), seed=1)
     return Sampler(
         task=Echo(),
         servers=policy,
-        judge=Judge(asker, rules),
+        judge=Judge(asker, rules, LoopClock()),
         tokenizer=Words(),
         settings=rollout,
         algorithm=algorithm,

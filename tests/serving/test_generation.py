@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_fapo.errors import RequestRejected
+from megatron_fapo.records import ints
 from tests.serving.worlds import CONTEXT, EOS
 
 
@@ -212,3 +213,15 @@ async def test_bodies_that_are_not_json_and_unknown_routes_are_refused_in_json(s
             assert (response.status, "no_such_route" in (await response.json())["error"]["message"]) == (404, True)
         async with session.get(f"{server_url}/health_generate") as response:
             assert response.status == 200
+
+
+async def test_log_probs_of_chosen_tokens_are_those_of_the_softmax(client, model_a, prompts):
+    """A prefill alone: whatever token is drawn, those asked for are scored."""
+    choices = [3, 1, 7]
+    asked = [*prompts, [*prompts[0][:-1], (prompts[0][-1] + 1) % 50]]  # two of one length, computed together
+    found = await asyncio.gather(*(client.choices(f"s{i}", ints(p), choices) for i, p in enumerate(asked * 2)))
+    for prompt, values in zip(asked * 2, found, strict=True):
+        expected = [model_a.logprobs(prompt, [token])[0] for token in choices]
+        np.testing.assert_allclose(values, expected, atol=1e-5)
+    with pytest.raises(RequestRejected, match="token_ids_logprob"):
+        await client.choices("score", ints(prompts[0]), [10**6])

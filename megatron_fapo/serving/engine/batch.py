@@ -68,6 +68,9 @@ class Batch:
         self.samples.extend(samples)
         for row, sample in enumerate(samples, low):
             self._enter(row, sample)
+            if sample.watched:
+                after = logits[copies[row - low]].log_softmax(-1)
+                sample.watched_logprobs = after[list(sample.watched)].tolist()
         self._position[low:high] = length - 1
         self._cached[low:high] = length
         self._cached[[low + i for i in first]] = 0

@@ -20,7 +20,10 @@ _SAMPLING = {
     "max_new_tokens", "temperature", "top_p", "n", "stop_token_ids", "stop", "ignore_eos", "sampling_seed",
     "top_k", "skip_special_tokens", "no_stop_trim",
 }  # fmt: skip
-_BODY = {"input_ids", "text", "sampling_params", "rid", "stream", "return_logprob", "group_stream", "logprob_start_len"}
+_BODY = {
+    "input_ids", "text", "sampling_params", "rid", "stream", "return_logprob", "group_stream", "logprob_start_len",
+    "token_ids_logprob",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,7 @@ def parse_generate(body: Json, limits: Limits, text: Text) -> Parsed:
     counts = [_number(p, "n", 1, 1, 4096, int) for p in parameters]
     ids = _ids(body.get("rid"), len(prompts), counts)
     stream = bool(body.get("stream", False))
+    watched = _watched(body, limits)
     inbox: asyncio.Queue[Answer] = asyncio.Queue()
     samples: list[Sample] = []
     for prompt, parameter, n in zip(prompts, parameters, counts, strict=True):
@@ -65,8 +69,19 @@ def parse_generate(body: Json, limits: Limits, text: Text) -> Parsed:
         for seed in _seeds(parameter, n, limits):
             index = len(samples)
             samples.append(
-                Sample(id=ids[index], index=index, prompt=array, options=options, seed=seed, stream=stream, inbox=inbox)
+                Sample(
+                    id=ids[index],
+                    index=index,
+                    prompt=array,
+                    options=options,
+                    seed=seed,
+                    stream=stream,
+                    inbox=inbox,
+                    watched=watched,
+                )
             )
+            if watched and options.max_new_tokens != 1:
+                raise RequestRejected("token_ids_logprob: only the first token's are kept, so max_new_tokens must be 1")
     return Parsed(
         samples=samples,
         inbox=inbox,
@@ -77,6 +92,17 @@ def parse_generate(body: Json, limits: Limits, text: Text) -> Parsed:
         with_text=text.available and not body.get("group_stream", False),
         skip_special=bool(parameters[0].get("skip_special_tokens", True)),
     )
+
+
+def _watched(body: Json, limits: Limits) -> tuple[int, ...]:
+    given = body.get("token_ids_logprob")
+    if given is None:
+        return ()
+    if not isinstance(given, list) or not all(type(token) is int and 0 <= token < limits.vocabulary for token in given):
+        raise RequestRejected(
+            f"token_ids_logprob: must be a list of tokens below {limits.vocabulary}, found {given!r:.60}"
+        )
+    return tuple(given)
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: set[str], what: str) -> None:
@@ -220,6 +246,9 @@ def render(answer: Answer, request: Parsed, versions: list[str], text: Text) -> 
     if request.with_logprobs:
         logprobs = answer.logprobs.tolist()
         meta["output_token_logprobs"] = [[lp, token, None] for lp, token in zip(logprobs, tokens, strict=True)]
+    if sample.watched:
+        pairs = zip(sample.watched_logprobs, sample.watched, strict=True)
+        meta["output_token_ids_logprobs"] = [[[logprob, token, None] for logprob, token in pairs]]
     result: Json = {"output_ids": tokens, "meta_info": meta}
     if request.with_text:
         shown = tokens[:-1] if answer.reason == "stop" and isinstance(answer.matched, int) else tokens

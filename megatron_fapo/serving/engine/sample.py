@@ -38,6 +38,10 @@ class Sample:
     """Whether every token is reported as it is drawn."""
     inbox: "asyncio.Queue[Answer]"
     """Where answers go; belongs to the server's event loop."""
+    watched: tuple[int, ...] = ()
+    """Tokens whose log-probs after the prompt are asked for, whichever is drawn there."""
+    watched_logprobs: list[float] = field(default_factory=list)
+    """These, once the prompt is computed."""
     aborted: bool = False
     tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Drawn before the sample was retracted, with `logprobs` and `versions`; drawing goes on from there."""
