@@ -3,6 +3,7 @@ an upgrade of megatron-core, the patch may go."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ from megatron_fapo.compat import device, megatron_cpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without CUDA")
 
-NO_CUDA = "AssertionError: Torch not compiled with CUDA enabled"
+ASKS_FOR_CUDA = re.compile(
+    "Torch not compiled with CUDA enabled|Cannot re-initialize CUDA in forked subprocess|No CUDA GPUs|NVIDIA driver"
+)
+"""What torch says then: a build without CUDA, or one with CUDA on a machine without a GPU."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def test_with_all_patches_a_rank_lives(without: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("patch", ["P1", "P2", "P3", "P4"])
 def test_without_it_megatron_asks_for_cuda(without: dict[str, str], patch: str) -> None:
-    assert without[patch] == NO_CUDA
+    assert ASKS_FOR_CUDA.search(without[patch])
 
 
 def test_without_p10_no_optimizer_state_can_be_loaded(without: dict[str, str]) -> None:
