@@ -3,6 +3,7 @@
 import json
 import socket
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -245,6 +246,11 @@ def check_surroundings(config: Config) -> None:
         for name in names:
             if model.get(name, 0) % size:
                 raise ConfigError(f"policy.parallel.{axis} = {size} does not divide the model's {name} = {model[name]}")
+    if config.policy.fp8 is not None and find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "policy.fp8 needs Transformer Engine, which is not installed (it needs CUDA): install "
+            "transformer-engine[pytorch,core_cu13], or leave policy.fp8 out"
+        )
     needed = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     if needed > model.get("max_position_embeddings", needed):
         raise ConfigError(

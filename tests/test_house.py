@@ -61,6 +61,19 @@ def test_files_and_functions_stay_readable():
     assert not crowded
 
 
+def test_only_compat_asks_which_device_this_is():
+    """What CPU and CUDA differ in is in the table of `compat.device`; nothing else branches on it."""
+    asking = re.compile(r"torch\.cuda\b|is_cuda\b|[\"']cuda[\"':]|device\.name\b|device\.type\b|get_backend\(")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).parts[0] != "compat"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if asking.search(line)
+    ]
+    assert not found
+
+
 def test_room_inits_are_empty():
     assert [path for path in PACKAGE.rglob("__init__.py") if path.read_text().strip()] == []
 

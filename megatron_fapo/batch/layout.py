@@ -24,7 +24,7 @@ class Layout:
     packed: bool = False
     """Sequences lie end to end and attention knows their bounds; otherwise each has a row, padded at its end."""
     total_multiple: int = 1
-    """A packed row is padded to a multiple of this by a sequence without loss."""
+    """A packed row is padded to a multiple of this by a sequence without loss, rows together at their ends."""
     crossover: float = math.inf
     """Length at which attention costs this model as much as everything else (`balance.crossover`)."""
 
@@ -38,6 +38,10 @@ class Layout:
         """Rows are padded to a multiple of this: two chunks a context-parallel rank, each cut among the
         sequence-parallel ranks."""
         return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
+
+    def width_multiple(self, rows: int) -> int:
+        """Rows are padded to a multiple of this, so that `rows` of them together are one of `total_multiple`."""
+        return math.lcm(self.length_multiple, self.total_multiple // math.gcd(self.total_multiple, rows))
 
     @property
     def microbatch_multiple(self) -> int:

@@ -13,6 +13,8 @@ from megatron_fapo.compat import memory  # isort: skip
 
 import torch  # isort: skip
 
+from megatron_fapo.errors import ConfigError
+
 
 def _the_only_one(rank: int) -> None:
     """There is one CPU device."""
@@ -21,6 +23,27 @@ def _the_only_one(rank: int) -> None:
 def _claim_gpu(rank: int) -> None:
     """torchrun says which GPU; Ray shows each rank one; plain processes see all and take them in turn."""
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+
+
+def _no_fp8(recipe: str) -> None:
+    """Plain torch layers compute in the dtype of their weights."""
+    raise ConfigError(
+        f"policy.fp8 (recipe {recipe!r}) needs a GPU and Transformer Engine's layers, and this process has not both: "
+        "install transformer-engine[pytorch,core_cu13] there, or leave policy.fp8 out"
+    )
+
+
+def _prepare_fp8(recipe: str) -> None:
+    """Refuse a recipe that this GPU or CUDA cannot compute; choose the scales that Hopper's kernels want."""
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 9):
+        raise ConfigError(f"policy.fp8 needs compute capability 8.9 or more, this GPU has {capability}")
+    if recipe == "blockwise":
+        cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+        if cuda < (12, 9):
+            raise ConfigError(f"policy.fp8.recipe = blockwise needs CUDA 12.9 or newer, torch was built with {cuda}")
+        if capability[0] == 9:  # powers of two as scales are for Blackwell
+            os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +67,8 @@ class Device:
     """Patches of a stretch of code: every call into Megatron runs inside `with device.active():`."""
     memory: memory.Memory
     """How tensors leave its memory for a while."""
+    prepare_fp8: Callable[[str], None]
+    """Make the process fit for an FP8 recipe, before its layers are built. Raises ConfigError where it cannot be."""
 
     def torch_device(self) -> torch.device:
         """Where tensors live; on CUDA, the device that this process was given."""
@@ -60,6 +85,12 @@ NO_FUSIONS: Mapping[str, Any] = {
 }
 """Kernels that need Transformer Engine or Apex, switched off."""
 
+FUSIONS: Mapping[str, Any] = {
+    **dict.fromkeys(NO_FUSIONS, True),
+    "gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None,
+}
+"""All of them; the gradient's sum inside the matrix product of the output layer is a kernel of Apex."""
+
 CPU = Device(
     name="cpu",
     backend="gloo",
@@ -70,6 +101,7 @@ CPU = Device(
     install=megatron_cpu.install,
     active=megatron_cpu.active,
     memory=memory.CPU,
+    prepare_fp8=_no_fp8,
 )
 
 CUDA_PLAIN = Device(
@@ -82,6 +114,7 @@ CUDA_PLAIN = Device(
     install=upstream.install,
     active=nullcontext,
     memory=memory.CUDA,
+    prepare_fp8=_no_fp8,
 )
 """CUDA without Transformer Engine."""
 
@@ -89,13 +122,15 @@ CUDA = Device(
     name="cuda",
     backend="nccl",
     spec="transformer_engine",
-    transformer_flags={},
+    transformer_flags=FUSIONS,
     fused_adam=False,
     claim=_claim_gpu,
     install=upstream.install,
     active=nullcontext,
     memory=memory.CUDA,
+    prepare_fp8=_prepare_fp8,
 )
+"""CUDA with Transformer Engine: its layers and kernels, Apex's where they are installed, FP8."""
 
 
 def current() -> Device:
@@ -103,3 +138,8 @@ def current() -> Device:
     if not torch.cuda.is_available():
         return CPU
     return CUDA if find_spec("transformer_engine") else CUDA_PLAIN
+
+
+def here() -> torch.device:
+    """Where this process's tensors live."""
+    return current().torch_device()

@@ -16,6 +16,8 @@ Refill = Callable[[torch.Tensor], Any]
 class Memory:
     """How a device's memory is emptied."""
 
+    apart: bool
+    """Whether it is other memory than the host's."""
     put_away: Callable[[torch.Tensor], Refill]
     """Copy a tensor of bytes to where it costs no memory of the device; complete after `synchronize`."""
     synchronize: Callable[[], None]
@@ -66,5 +68,5 @@ def _nothing() -> None:
     """A CPU has no stream to wait for."""
 
 
-CPU = Memory(put_away=_to_file, synchronize=_nothing, release=_trim)
-CUDA = Memory(put_away=_to_pinned, synchronize=torch.cuda.synchronize, release=torch.cuda.empty_cache)
+CPU = Memory(apart=False, put_away=_to_file, synchronize=_nothing, release=_trim)
+CUDA = Memory(apart=True, put_away=_to_pinned, synchronize=torch.cuda.synchronize, release=torch.cuda.empty_cache)

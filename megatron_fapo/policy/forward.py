@@ -81,7 +81,7 @@ def pad(
     """
     lengths = np.diff(batch.bounds)
     width = max(int(lengths.max()) - 1, 1)
-    width += -width % layout.length_multiple
+    width += -width % layout.width_multiple(len(lengths))
     starts = batch.bounds[:-1].astype(np.int64)
     column = columns_of(width, layout.cp, rank)
     index = np.minimum(starts[:, None] + column, len(batch.token_ids) - 1)

@@ -27,6 +27,7 @@ from megatron_fapo.policy import pieces
 from megatron_fapo.policy.hf_folder import Weights
 from megatron_fapo.policy.logprobs import Projection
 from megatron_fapo.policy.network import interface_towards
+from megatron_fapo.policy.precision import fp8_flags, token_multiple
 from megatron_fapo.policy.settings import PolicySettings
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def connect(rank: int, address: str, port: int, settings: PolicySettings, device
         vpp=parallel.virtual_pipeline,
         cp=parallel.context,
         dp=parallel.data,
+        total_multiple=token_multiple(settings),
     )
 
 
@@ -97,6 +99,7 @@ def build(settings: PolicySettings, device: Device) -> Model:
     dtype: torch.dtype = getattr(torch, settings.dtype)
     hf_config = AutoConfig.from_pretrained(settings.model)
     check_layout(hf_config, settings)
+    fp8 = fp8_flags(hf_config, settings, device)
     bridge = make_bridge(
         hf_config,
         device,
@@ -107,6 +110,7 @@ def build(settings: PolicySettings, device: Device) -> Model:
         batch_p2p_comm=False,
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=False,  # with gloo a freed output can still be on its way
+        **fp8,
         calculate_per_token_loss=True,  # gradients are summed: the loss carries its own 1 / tokens
         **_recompute_flags(settings, device),
     )
@@ -217,7 +221,7 @@ def _data_parallel(module: Any, config: Any, settings: PolicySettings, first: bo
 
 def _optimizer(parallel: Sequence[Any], settings: PolicySettings, device: Device) -> Any:
     chosen = settings.optimizer
-    if chosen.cpu_offload and device.name == "cpu":
+    if chosen.cpu_offload and not device.memory.apart:
         raise ConfigError("policy.optimizer.cpu_offload needs a CUDA device: on a CPU all state is on the host already")
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -232,6 +236,7 @@ def _optimizer(parallel: Sequence[Any], settings: PolicySettings, device: Device
             use_distributed_optimizer=chosen.distributed,
             bf16=settings.dtype == "bfloat16",
             params_dtype=getattr(torch, settings.dtype),
+            fp8_recipe=None if settings.fp8 is None else settings.fp8.recipe,
             optimizer_cpu_offload=chosen.cpu_offload > 0,
             optimizer_offload_fraction=chosen.cpu_offload,
             overlap_cpu_optimizer_d2h_h2d=chosen.cpu_offload > 0,

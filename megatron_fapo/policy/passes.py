@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 
 from megatron_fapo.algorithm.losses import TokenLosses
+from megatron_fapo.compat.device import here
 from megatron_fapo.policy.forward import Padded, Scores, hidden_states, scores
 from megatron_fapo.policy.model import Model
 from megatron_fapo.records import Floats, floats
@@ -141,7 +142,7 @@ def whole(packed: Floats) -> Floats:
     """Values over a packed microbatch, each found by one context-parallel rank and 0 on the others. Collective."""
     if parallel_state.get_context_parallel_world_size() == 1:
         return packed
-    values = torch.tensor(packed, device=torch.cuda.current_device())
+    values = torch.tensor(packed, device=here())
     dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
     return floats(values.cpu().numpy())
 

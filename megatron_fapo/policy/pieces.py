@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_fapo.compat.bridge import EXPERT, Tensors
+from megatron_fapo.compat.device import here
 from megatron_fapo.policy.hf_folder import Weights
 from megatron_fapo.weights import aligned
 
@@ -157,7 +158,7 @@ def fetch(bridge: Any, chunks: Sequence[Any], piece: Piece) -> Tensors:
 
 
 def _receive(piece: Piece) -> Tensors:
-    device = torch.device("cpu") if dist.get_backend() == "gloo" else torch.device("cuda", torch.cuda.current_device())
+    device = here()
     received = [(name, torch.empty(shape, dtype=piece.dtype, device=device)) for name, shape in piece.tensors]
     for _, tensor in received:
         dist.recv(tensor, src=piece.ranks[0])

@@ -60,6 +60,29 @@ class ParallelSettings(Settings):
         return self
 
 
+class Fp8Settings(Settings):
+    """Matrix products of the layers in FP8, by Transformer Engine's recipes, on CUDA. Embedding, output layer, norms,
+    softmax, attention's products, master weights and reductions stay as they are."""
+
+    recipe: Literal["delayed", "tensorwise", "blockwise"] = "blockwise"
+    """How scales are found: from the history of maxima, from each tensor, from each block of 128 (CUDA 12.9)."""
+    format: Literal["e4m3", "hybrid"] = "e4m3"
+    """Number format: e4m3 throughout, or e5m2 for gradients (hybrid)."""
+    edge_layers_bf16: Annotated[int, Field(ge=0)] = 1
+    """First and last layers that stay in BF16. Must be 0 with the delayed recipe."""
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of a matrix product are a multiple of this."""
+        return 128 if self.recipe == "blockwise" else 16
+
+    @model_validator(mode="after")
+    def _known_to_megatron(self) -> Self:
+        if self.recipe == "delayed" and self.edge_layers_bf16:
+            raise ValueError("recipe 'delayed' has no layers in BF16: set edge_layers_bf16 to 0 or take another recipe")
+        return self
+
+
 class OptimizerSettings(Settings):
     """AdamW with a learning-rate schedule counted in optimizer steps."""
 
@@ -107,6 +130,8 @@ class PolicySettings(Settings):
     """AdamW and its schedule."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; master weights and reductions are float32."""
+    fp8: Fp8Settings | None = None
+    """Matrix products in FP8 (CUDA with Transformer Engine); null for none. `dtype` must be bfloat16."""
     rescore: Rescore = "never"
     """Whether behaviour log-probs are computed again by Megatron before the updates: `never` keeps those that were
     sampled, `when_stale` rescores a step in which a rollout has tokens of older weights, `always` every step."""
@@ -136,4 +161,10 @@ class PolicySettings(Settings):
     def _layers_of_full(self) -> Self:
         if self.recompute_layers is not None and self.recompute != "full":
             raise ValueError(f"recompute_layers needs recompute = full, found {self.recompute}")
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_on_top_of_bf16(self) -> Self:
+        if self.fp8 is not None and self.dtype != "bfloat16":
+            raise ValueError(f"fp8 needs dtype = bfloat16, found {self.dtype}")
         return self
