@@ -98,7 +98,7 @@ class _OwnLayers:
         `partition` is the dimension that the shards are cut along, None for a parameter that every rank has whole.
         """
         whole = shards[0]
-        if partition is not None:
+        if partition is not None and len(shards) > 1:
             like = shards[0].new_empty(0, device="meta")
             like.tensor_model_parallel, like.partition_dim = True, partition  # type: ignore[attr-defined]
             whole = self._weight_merge_across_tp(name, list(shards), like)  # type: ignore[attr-defined]
@@ -186,5 +186,6 @@ def rope(hf_config: Any) -> tuple[torch.Tensor | None, float]:
     kind = hf_config.rope_parameters.get("rope_type", "default")
     if kind == "default":
         return None, 1.0
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    with torch.device("cpu"):  # also where a model is being built without memory
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
     return frequencies, float(factor)

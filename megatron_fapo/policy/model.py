@@ -28,7 +28,7 @@ from megatron_fapo.policy.hf_folder import Weights
 from megatron_fapo.policy.logprobs import Projection
 from megatron_fapo.policy.network import interface_towards
 from megatron_fapo.policy.precision import fp8_flags, token_multiple
-from megatron_fapo.policy.settings import PolicySettings
+from megatron_fapo.policy.settings import ParallelSettings, PolicySettings
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +67,7 @@ def connect(rank: int, address: str, port: int, settings: PolicySettings, device
         timeout=timedelta(seconds=settings.timeout),
     )
     with device.active():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-            context_parallel_size=parallel.context,
-            expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=parallel.expert_tensor,
-            create_gloo_process_groups=False,
-        )
+        make_groups(parallel)
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
     return Layout(
@@ -89,6 +81,19 @@ def connect(rank: int, address: str, port: int, settings: PolicySettings, device
     )
 
 
+def make_groups(parallel: ParallelSettings) -> None:
+    """Megatron's process groups, from the default group of torch.distributed."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        create_gloo_process_groups=False,
+    )
+
+
 def build(settings: PolicySettings, device: Device) -> Model:
     """Build this rank's part with the weights of `settings.model`, and its optimizer. Collective over all ranks.
 
@@ -96,25 +101,8 @@ def build(settings: PolicySettings, device: Device) -> Model:
     """
     if not (settings.model / "config.json").is_file():
         raise DataError(f"{settings.model}: no Hugging Face model here, config.json is missing")
-    dtype: torch.dtype = getattr(torch, settings.dtype)
     hf_config = AutoConfig.from_pretrained(settings.model)
-    check_layout(hf_config, settings)
-    fp8 = fp8_flags(hf_config, settings, device)
-    bridge = make_bridge(
-        hf_config,
-        device,
-        dtype,
-        settings.parallel.tensor,
-        sequence_parallel=settings.parallel.sequence,
-        variable_seq_lengths=True,
-        batch_p2p_comm=False,
-        overlap_p2p_comm=False,
-        deallocate_pipeline_outputs=False,  # with gloo a freed output can still be on its way
-        **fp8,
-        calculate_per_token_loss=True,  # gradients are summed: the loss carries its own 1 / tokens
-        **_recompute_flags(settings, device),
-    )
-    chunks = tuple(_chunk(bridge, stage) for stage in _virtual_stages(settings))
+    bridge, chunks = assemble(hf_config, settings, device)
     pieces.load(bridge, chunks, Weights(settings.model))
     for chunk in chunks:
         chunk.to(device.torch_device())
@@ -172,6 +160,30 @@ def crossover_of(model: Model) -> float:
         mlp=config.moe_router_topk * config.moe_ffn_hidden_size if config.num_moe_experts else config.ffn_hidden_size,
         vocabulary=model.projection.vocabulary,
     )
+
+
+def assemble(hf_config: Any, settings: PolicySettings, device: Device, **flags: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The bridge and this rank's GPTModels, without weights. `flags` are TransformerConfig fields.
+
+    Raises ConfigError for a config or layout that cannot be built.
+    """
+    check_layout(hf_config, settings)
+    bridge = make_bridge(
+        hf_config,
+        device,
+        getattr(torch, settings.dtype),
+        settings.parallel.tensor,
+        sequence_parallel=settings.parallel.sequence,
+        variable_seq_lengths=True,
+        batch_p2p_comm=False,
+        overlap_p2p_comm=False,
+        deallocate_pipeline_outputs=False,  # with gloo a freed output can still be on its way
+        calculate_per_token_loss=True,  # gradients are summed: the loss carries its own 1 / tokens
+        **fp8_flags(hf_config, settings, device),
+        **_recompute_flags(settings, device),
+        **flags,
+    )
+    return bridge, tuple(_chunk(bridge, stage) for stage in _virtual_stages(settings))
 
 
 def check_layout(hf_config: Any, settings: PolicySettings) -> None:

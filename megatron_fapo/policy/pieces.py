@@ -56,18 +56,14 @@ def is_expert(name: str) -> bool:
 def plan(bridge: Any, chunks: Sequence[Any]) -> tuple[Piece, ...]:
     """All pieces of the model in the order of export, the same on every rank. Collective.
 
-    `chunks` are this rank's parts of the model. Tied output weights, which the last stage holds as a copy of the
-    embedding, are planned once.
+    `chunks` are this rank's parts of the model.
     """
-    mine = [piece for piece in own_pieces(bridge, chunks) if leads(piece)]
+    mine = [piece for piece in own_pieces(bridge, chunks) if leads(piece) and not is_copy(bridge, piece)]
     everyones: list[list[Piece]] = [mine]
     if dist.get_world_size() > 1:
         everyones = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyones, mine)
-    planned: dict[str, Piece] = {}
-    for piece in (piece for pieces in everyones for piece in pieces):
-        planned.setdefault(piece.tensors[0][0], piece)
-    return tuple(planned.values())
+    return tuple(piece for pieces in everyones for piece in pieces)
 
 
 def own_pieces(bridge: Any, chunks: Sequence[Any]) -> list[Piece]:
@@ -102,6 +98,11 @@ def leads(piece: Piece) -> bool:
     else:
         copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     return bool(copy == 0 and dist.get_rank() == piece.ranks[0])
+
+
+def is_copy(bridge: Any, piece: Piece) -> bool:
+    """Whether it is the last stage's copy of a tied embedding."""
+    return bool(bridge.hf_config.tie_word_embeddings) and piece.name == "output_layer.weight"
 
 
 def _group(name: str) -> Any:

@@ -1,7 +1,10 @@
 """Real Megatron ranks on gloo: one scripted life a layout, run once, compared by many tests."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,3 +53,14 @@ def process() -> Iterator[Callable[[PolicySettings], LocalRanks]]:
     yield again
     for ranks in held:
         ranks.close()
+
+
+@pytest.fixture(scope="session")
+def elsewhere() -> Iterator[Callable[..., Any]]:
+    """`elsewhere(function, *args)` in a process of its own, the same for all tests: Megatron's patches stay there."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+
+        def call(function: Callable[..., Any], *args: Any) -> Any:
+            return pool.submit(function, *args).result()
+
+        yield call

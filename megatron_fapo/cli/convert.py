@@ -1,0 +1,81 @@
+"""`fapo convert`: Hugging Face folders and Megatron checkpoints, one into the other."""
+
+import json
+from dataclasses import asdict
+from math import lcm
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_fapo.errors import ConfigError
+from megatron_fapo.policy.settings import ParallelSettings
+from megatron_fapo.settings import build
+
+if TYPE_CHECKING:
+    from megatron_fapo.policy.shapes import Survey
+
+EXAMPLE = "Example: fapo convert configs/models/qwen2.5-72b.json --check-shapes --tensor 8 --pipeline 4"
+
+
+def command(
+    source: Annotated[Path, typer.Argument(help="Folder to convert, or a config.json for --check-shapes.")],
+    check_shapes: Annotated[
+        bool, typer.Option("--check-shapes", help="Build every rank without memory; compare with the checkpoint.")
+    ] = False,
+    tensor: Annotated[int, typer.Option(help="--check-shapes: tensor-parallel ranks.")] = 1,
+    pipeline: Annotated[int, typer.Option(help="--check-shapes: pipeline stages.")] = 1,
+    virtual_pipeline: Annotated[int, typer.Option(help="--check-shapes: groups of layers on each stage.")] = 1,
+    expert: Annotated[int, typer.Option(help="--check-shapes: ranks that share the experts of a layer.")] = 1,
+    expert_tensor: Annotated[int, typer.Option(help="--check-shapes: ranks that share an expert's matrices.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of a table.")] = False,
+) -> None:
+    """Convert a Hugging Face folder into a Megatron checkpoint, or back; or check a layout at a model's true size."""
+    if check_shapes:
+        stage = lcm(tensor, expert * expert_tensor)
+        axes = {
+            "tensor": tensor,
+            "sequence": tensor > 1,
+            "pipeline": pipeline,
+            "virtual_pipeline": virtual_pipeline,
+            "expert": expert,
+            "expert_tensor": expert_tensor,
+            "data": stage // tensor,  # enough ranks to hold every expert once
+        }
+        _check_shapes(source, build(ParallelSettings, axes, name="layout"), as_json)
+
+
+def _check_shapes(config: Path, parallel: ParallelSettings, as_json: bool) -> None:
+    from megatron_fapo.policy.shapes import read_config, survey
+
+    found = survey(read_config(config), parallel)
+    if as_json:
+        summary = {
+            "tensors": len(found.expected),
+            "parameters": found.parameters,
+            "ranks": [asdict(part) for part in found.ranks],
+            "problems": found.problems(),
+        }
+        typer.echo(json.dumps(summary))
+    else:
+        Console().print(_table(config, parallel, found))
+    if problems := found.problems():
+        raise ConfigError(f"{config}: {len(problems)} tensors differ, the first: {problems[0]}")
+
+
+def _table(config: Path, parallel: ParallelSettings, found: "Survey") -> Table:
+    axes = ", ".join(f"{name} {value}" for name, value in parallel.model_dump().items() if value not in (1, False))
+    table = Table(title=f"{config.stem}: {found.parameters:,} parameters, {axes or 'one rank'}")
+    for heading in ("stage", "ranks", "layers", "parameters a rank", "GiB a rank in BF16"):
+        table.add_column(heading, justify="right")
+    for stage in sorted({part.stage for part in found.ranks}):
+        parts = [part for part in found.ranks if part.stage == stage]
+        held = sorted({part.parameters for part in parts})
+        layers = ", ".join(str(count) for count in sorted({part.layers for part in parts}))
+        amounts = (" to ".join(f"{count:,}" for count in held), " to ".join(f"{count / 2**29:.2f}" for count in held))
+        table.add_row(str(stage), str(len(parts)), layers, *amounts)
+    if not found.problems():
+        table.caption = f"each of the checkpoint's {len(found.expected):,} tensors exactly once, with its shape"
+    return table
