@@ -150,8 +150,10 @@ class Config(Settings):
                 "algorithm.advantage.flaw = first_wrong_step needs judge.cascade.flawed_above = null: "
                 "the cascade's short verdict does not know which step is wrong"
             )
-        if reward.correct_rates and self.judge.rates is None:
-            problems.append("algorithm.reward.correct_rates needs judge.rates (tpr, fpr), until an audit measures them")
+        known = self.judge.rates is not None or self.judge.audit is not None
+        if not known and (reward.correct_rates or advantage.all_right == "shrunk"):
+            key = "reward.correct_rates" if reward.correct_rates else "advantage.all_right = shrunk"
+            problems.append(f"algorithm.{key} needs the judge's error rates: set judge.rates, or measure (judge.audit)")
         if advantage.all_right == "agreed" and self.judge.votes == 1:
             problems.append("algorithm.advantage.all_right = agreed needs judge.votes > 1: a single vote always agrees")
         hard = self.judge.votes == 1 and self.judge.probability == "votes"

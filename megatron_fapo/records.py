@@ -188,6 +188,8 @@ class Judged:
     verdict: Verdict | NotJudged
     oracle: int | None
     """First wrong paragraph by the task's own oracle, -1 clean; None where the task has no oracle."""
+    audit: int | None = None
+    """First wrong paragraph by the reference that audits the judge, -1 clean; None where it was not asked."""
     wrong_from: int | None = None
     """First response token of the paragraph that the verdict names; None without a flag, or where nobody asks."""
 
@@ -370,6 +372,36 @@ class WeightVersion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A number with its 95 % interval.  Example: `Interval(value=0.9, low=0.85, high=0.93)`."""
+
+    value: float
+    """NaN where there is nothing to estimate it from."""
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeAudit:
+    """The judge against a reference on the rollouts of the last steps."""
+
+    audited: int
+    """Rollouts of this step that both have spoken about."""
+    tpr: Interval
+    """Flagged, of those that the reference calls flawed."""
+    fpr: Interval
+    """Flagged, of those that it calls clean."""
+    j: Interval
+    """Youden's J = TPR - FPR."""
+    alarm: bool
+    """Whether all of J's interval is below what the settings ask for."""
+
+
+AuditCounts = tuple[tuple[int, int, int, int], ...]
+"""(true positive, false negative, false positive, true negative) of each of the last steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
     """Where a run stands between two steps; beside the model's checkpoint it is all that resume needs."""
 
@@ -377,7 +409,13 @@ class RunState:
     """Steps done."""
     cursor: int
     """Prompts of the training stream consumed."""
+    audit: AuditCounts = ()
+    """What the audit of the judge has counted; empty without one."""
 
-    def after(self, prompts: int) -> "RunState":
+    def __post_init__(self) -> None:
+        # from JSON it comes as lists
+        object.__setattr__(self, "audit", tuple((tp, fn, fp, tn) for tp, fn, fp, tn in self.audit))
+
+    def after(self, prompts: int, audit: AuditCounts = ()) -> "RunState":
         """The state one step later, `prompts` further in the stream."""
-        return RunState(step=self.step + 1, cursor=self.cursor + prompts)
+        return RunState(step=self.step + 1, cursor=self.cursor + prompts, audit=audit)

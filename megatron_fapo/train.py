@@ -21,7 +21,9 @@ async def train(config: Config, cluster: Cluster, state: RunState, sinks: Sinks)
     Waits for the servers (GENERATE, while the judge works beside it) and the ranks (TRAIN); is unblocked early by
     `cluster.stop`, which ends generation at once and an update after it is done. A checkpoint is written then too.
     """
-    algorithm = config.algorithm
+    algorithm, audit = config.algorithm, cluster.sampler.judge.audit
+    if audit is not None:
+        audit.restore(state.audit)
     saved = state.step
     while state.step < config.train.steps and not cluster.stop.is_set():
         spans = Spans(SystemClock())
@@ -31,14 +33,15 @@ async def train(config: Config, cluster: Cluster, state: RunState, sinks: Sinks)
         if groups is None:
             break
         trained = cluster.sampler.trainable(groups)
-        limit, rates = config.rollout.max_new_tokens, cluster.sampler.rates
+        limit, rates = config.rollout.max_new_tokens, cluster.sampler.judge.rates
         given = [rewards(group, algorithm, max_tokens=limit, rates=rates) for group in trained]
         advantages = step_advantages(trained, given, algorithm, max_tokens=limit, rates=rates)
         with sinks.phase("update", spans):
             batch = make_batch(trained, advantages, cluster.policy.layout, config.batching, config.train.seed)
             report = await cluster.policy.update(batch, algorithm.loss)
-        sinks.write(state.step, groups, trained, given, advantages, report, weights, spans)
-        state = state.after(prompts=len(groups))
+        found = None if audit is None else audit.found
+        sinks.write(state.step, groups, trained, given, advantages, report, weights, spans, found)
+        state = state.after(prompts=len(groups), audit=audit.counts if audit else ())
         if config.checkpoint.due(state.step):
             saved = await cluster.save(state)
     if state.step == config.train.steps:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fapo.config import Config
-from megatron_fapo.judge.answerer import Served
+from megatron_fapo.judge.answerer import OpenAI, Served
 from megatron_fapo.judge.ask import Asker
+from megatron_fapo.judge.audit import Audit
 from megatron_fapo.judge.judge import Judge, Rules
-from megatron_fapo.judge.settings import JudgeSettings
+from megatron_fapo.judge.settings import AuditSettings, JudgeSettings
 from megatron_fapo.records import Role
 from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.rollout.settings import RolloutSettings
@@ -67,7 +68,7 @@ def make_evaluator(config: Config, task: Task, servers: Mapping[Role, ServerGrou
     rollout = config.rollout.changed(
         group_size=evaluation.samples, temperature=evaluation.temperature, top_p=evaluation.top_p
     )
-    judge = config.judge.changed(skip=False, probe_share=0.0)
+    judge = config.judge.changed(skip=False, probe_share=0.0, audit=None)
     return _sampler(config, rollout, judge, task, servers, Watcher())
 
 
@@ -84,16 +85,32 @@ def _sampler(
         tokenizer = ChatTokenizer.load(Path(config.server("judge").model))
         served = Served(servers["judge"], tokenizer)
         asker = Asker(served, judge, SystemClock(), config.train.seed, watcher.judged)
+    audit = None
+    if asker is not None and judge.audit is not None:
+        audit = Audit(judge.audit, _reference(judge.audit, served, judge, config.train.seed))
     rules = Rules(
         judge=judge, algorithm=config.algorithm, group_size=rollout.group_size, max_tokens=rollout.max_new_tokens
     )
     return Sampler(
         task=task,
         servers=servers["policy"],
-        judge=Judge(asker, rules),
+        judge=Judge(asker, rules, audit=audit),
         tokenizer=ChatTokenizer.load(Path(config.server("policy").model)),
         settings=rollout,
         algorithm=config.algorithm,
         seed=config.train.seed,
         progress=watcher.landed,
     )
+
+
+def _reference(audit: AuditSettings, served: Served, judge: JudgeSettings, seed: int) -> Asker | None:
+    """Who audits the judge; None where the task's oracle does."""
+    if audit.reference == "oracle":
+        return None
+    settings = judge.changed(
+        votes=audit.votes, temperature=audit.temperature, cascade=None, probability="votes", vote_rule="majority"
+    )
+    if audit.endpoint is None or audit.model is None:
+        return Asker(served, settings, SystemClock(), seed + 1)
+    key = None if audit.api_key_file is None else audit.api_key_file.read_text().strip()
+    return Asker(OpenAI(audit.endpoint, audit.model, key), settings, SystemClock(), seed + 1)

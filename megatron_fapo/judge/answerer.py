@@ -105,7 +105,10 @@ class Served:
 
 
 class OpenAI:
-    """A judge behind an OpenAI-compatible `/chat/completions`. Use as an asynchronous context manager."""
+    """A judge behind an OpenAI-compatible `/chat/completions`.
+
+    As an asynchronous context manager it keeps its connections; else each call has one of its own.
+    """
 
     def __init__(self, url: str, model: str, api_key: str | None = None, *, timeout: float = 600.0) -> None:
         self._url = f"{url.rstrip('/')}/chat/completions"
@@ -115,22 +118,31 @@ class OpenAI:
         self._session: Any = None
 
     async def __aenter__(self) -> "OpenAI":
-        import aiohttp
-
-        connector = aiohttp.TCPConnector(limit=0)
-        timeout = aiohttp.ClientTimeout(total=self._timeout)
-        self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=timeout)
+        self._session = self._connect()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
+        self._session = None
+
+    def _connect(self) -> Any:
+        import aiohttp
+
+        connector = aiohttp.TCPConnector(limit=0)
+        timeout = aiohttp.ClientTimeout(total=self._timeout)
+        return aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=timeout)
 
     async def answers(self, question: Question) -> AsyncIterator[Answer]:
         """As `Answerer.answers`; a request for each answer, since endpoints differ in what they make of `n`."""
-        for name, seed in zip(question.ids, question.seeds, strict=True):
-            yield await self._answer(question, name, seed)
+        session = self._session or self._connect()
+        try:
+            for name, seed in zip(question.ids, question.seeds, strict=True):
+                yield await self._answer(session, question, name, seed)
+        finally:
+            if session is not self._session:
+                await session.close()
 
-    async def _answer(self, question: Question, name: str, seed: int) -> Answer:
+    async def _answer(self, session: Any, question: Question, name: str, seed: int) -> Answer:
         import aiohttp
 
         body = {
@@ -142,7 +154,7 @@ class OpenAI:
             "seed": seed,
         }
         try:
-            async with self._session.post(self._url, json=body) as response:
+            async with session.post(self._url, json=body) as response:
                 if response.status >= 400:
                     said = (await response.text())[:200]
                     kind = RequestRejected if response.status < 500 and response.status != 429 else ServerError

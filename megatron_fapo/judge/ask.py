@@ -11,8 +11,8 @@ from megatron_fapo.critique.boxed import OPENING
 from megatron_fapo.critique.paragraphs import split
 from megatron_fapo.critique.prompt import judge_prompt
 from megatron_fapo.critique.verdict import parse_verdict
-from megatron_fapo.errors import RequestRejected, ServerError
-from megatron_fapo.judge.answerer import Question, Served
+from megatron_fapo.errors import ConfigError, RequestRejected, ServerError
+from megatron_fapo.judge.answerer import Answerer, Question, Served
 from megatron_fapo.judge.places import Full, Places
 from megatron_fapo.judge.settings import JudgeSettings
 from megatron_fapo.records import Message, NotJudged, Prompt, Verdict
@@ -29,13 +29,16 @@ class Asker:
 
     def __init__(
         self,
-        judge: Served,
+        judge: Answerer,
         settings: JudgeSettings,
         clock: Clock,
         seed: int,
         judged: Callable[[float, float], None] = lambda start, end: None,
     ) -> None:
         self._judge = judge
+        self._scorer = judge if isinstance(judge, Served) else None
+        if self._scorer is None and (settings.cascade is not None or settings.probability == "token"):
+            raise ConfigError("judge.cascade and judge.probability = token need a judge server, not an endpoint")
         self._settings = settings
         self._clock = clock
         self._seed = seed
@@ -76,10 +79,11 @@ class Asker:
 
     async def _short(self, case: "_Case") -> Verdict | None:
         """The verdict without reasoning where it is clear; None where the long one must be asked."""
-        limits = self._settings.cascade
+        limits, scorer = self._settings.cascade, self._scorer
         assert limits is not None
+        assert scorer is not None
         try:
-            p, wrong = await self._judge.flaw_probability(f"{case.name}-score", case.messages, case.paragraphs)
+            p, wrong = await scorer.flaw_probability(f"{case.name}-score", case.messages, case.paragraphs)
         except ServerError:
             return None
         case.tokens += 1
@@ -126,9 +130,10 @@ class Asker:
 
     async def _with_probability(self, case: "_Case", verdict: Verdict) -> Verdict:
         """The same with P(flawed) read from the verdict's token, after the reasoning that led to it."""
-        said = verdict.text[: verdict.text.rindex(OPENING)]
+        said, scorer = verdict.text[: verdict.text.rindex(OPENING)], self._scorer
+        assert scorer is not None
         try:
-            p, _ = await self._judge.flaw_probability(f"{case.name}-p", case.messages, case.paragraphs, said)
+            p, _ = await scorer.flaw_probability(f"{case.name}-p", case.messages, case.paragraphs, said)
         except ServerError:
             return verdict
         return replace(verdict, p_flawed=p, tokens=case.tokens + 1)

@@ -16,6 +16,7 @@ from megatron_fapo.algorithm.rewards import PERFECT, Rates, flaw_penalty, shaped
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.errors import JudgeError
 from megatron_fapo.judge.ask import Asker
+from megatron_fapo.judge.audit import Audit
 from megatron_fapo.judge.settings import JudgeSettings
 from megatron_fapo.records import Group, NotJudged, Outcome, Prompt, Rollout, Verdict
 from megatron_fapo.trace import Clock, SystemClock
@@ -195,7 +196,11 @@ class NoJudge:
 class Judge:
     """Opens a `GroupJudge` for each group, or a `NoJudge` when there are no judge servers."""
 
-    def __init__(self, asker: Asker | None, rules: Rules, clock: Clock | None = None) -> None:
+    def __init__(
+        self, asker: Asker | None, rules: Rules, clock: Clock | None = None, audit: Audit | None = None
+    ) -> None:
+        self.audit = audit
+        """The judge's error rates as they are measured, where the run audits it."""
         self._asker = asker
         self._clock = clock or SystemClock()
         self._rules = rules
@@ -211,8 +216,9 @@ class Judge:
 
     @property
     def rates(self) -> Rates:
-        """The judge's error rates, as far as they are known."""
-        return self._rules.rates
+        """The judge's error rates as measured, or else as the settings know them."""
+        measured = self.audit.rates if self.audit is not None else None
+        return measured or self._rules.rates
 
     def check(self, groups: Sequence[Group]) -> None:
         """Raise JudgeError when too many verdicts failed to trust the run.

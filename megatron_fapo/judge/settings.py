@@ -1,5 +1,6 @@
 """Settings of the judge (GenRM)."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -40,6 +41,42 @@ class RatesSettings(Settings):
         return self
 
 
+class AuditSettings(Settings):
+    """The judge compared with a reference on a share of the policy's present rollouts."""
+
+    reference: Literal["oracle", "votes", "endpoint"] = "votes"
+    """Who is believed: the task's own oracle (clock), the majority of more votes of the judge itself, or a second
+    judge behind an OpenAI-compatible endpoint."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Share of the rollouts with a verdict that is audited."""
+    votes: Annotated[int, Field(gt=0)] = 8
+    """Votes of the reference, for `votes` and `endpoint`."""
+    temperature: Annotated[float, Field(ge=0)] = 0.6
+    """Of the reference's sampling."""
+    endpoint: str | None = None
+    """For `endpoint`: its URL, up to `/v1`."""
+    model: str | None = None
+    """For `endpoint`: the model's name there."""
+    api_key_file: Path | None = None
+    """For `endpoint`: a file with the key."""
+    window: Annotated[int, Field(gt=0)] = 20
+    """Steps over which the rates are taken."""
+    enough: Annotated[int, Field(gt=0)] = 30
+    """Flawed and clean rollouts each, from which on the measured rates replace `judge.rates`."""
+    min_j: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Alarm when all of the 95 % interval of J = TPR - FPR is below this; null never."""
+    stop: bool = False
+    """Stop the run on an alarm, instead of a warning."""
+
+    @model_validator(mode="after")
+    def _endpoint_is_named(self) -> Self:
+        if (self.reference == "endpoint") != (self.endpoint is not None and self.model is not None):
+            raise ValueError("endpoint and model belong to reference 'endpoint', which needs both")
+        if self.reference != "oracle" and self.votes > 1 and self.temperature == 0.0:
+            raise ValueError("votes > 1 needs temperature > 0: greedy votes are all the same")
+        return self
+
+
 class JudgeSettings(Settings):
     """Which verdicts are asked, how, and what happens when they do not come."""
 
@@ -54,6 +91,8 @@ class JudgeSettings(Settings):
     (one more prefill)."""
     cascade: CascadeSettings | None = None
     """Score solutions by a prefill first, and ask for long verdicts only where that is not clear; off when null."""
+    audit: AuditSettings | None = None
+    """Measure the judge's error rates during training; off when null."""
     rates: RatesSettings | None = None
     """The judge's known error rates, until an audit has measured them; null takes it for perfect."""
     temperature: Annotated[float, Field(ge=0)] = 0.0

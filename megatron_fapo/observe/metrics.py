@@ -11,7 +11,17 @@ import numpy as np
 
 from megatron_fapo.observe.glossary import glossary as glossary
 from megatron_fapo.observe.glossary import metric
-from megatron_fapo.records import Evaluation, Floats, Group, Judged, NotJudged, StepReport, Verdict, WeightVersion
+from megatron_fapo.records import (
+    Evaluation,
+    Floats,
+    Group,
+    JudgeAudit,
+    Judged,
+    NotJudged,
+    StepReport,
+    Verdict,
+    WeightVersion,
+)
 from megatron_fapo.trace import Span, Spans
 
 log = logging.getLogger(__name__)
@@ -69,6 +79,18 @@ def evaluation_metrics(evaluation: Evaluation) -> Metrics:
     }
     many = {f"{name}/{k}": value for name, shares in by_k.items() for k, value in (shares or {}).items()}
     return declared({**{name: value for name, value in single.items() if value is not None}, **many})
+
+
+def audit_metrics(audit: JudgeAudit | None) -> Metrics:
+    """The judge against the reference of its audit; nothing without one."""
+    if audit is None:
+        return {}
+    found = {"audit/rollouts": float(audit.audited), "audit/alarm": float(audit.alarm)}
+    for name, interval in (("tpr", audit.tpr), ("fpr", audit.fpr), ("j", audit.j)):
+        if not math.isnan(interval.value):
+            found |= {f"audit/{name}{part}": value for part, value in (
+                ("", interval.value), ("_low", interval.low), ("_high", interval.high))}  # fmt: skip
+    return declared(found)
 
 
 def declared(metrics: Metrics) -> Metrics:

@@ -3,10 +3,10 @@
 import asyncio
 import hashlib
 import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-from megatron_fapo.algorithm.rewards import Rates, informative, usable
+from megatron_fapo.algorithm.rewards import informative, usable
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.critique.paragraphs import paragraph_spans, token_spans
 from megatron_fapo.errors import DataError, JudgeError, ServerError
@@ -50,17 +50,12 @@ class Sampler:
     ) -> None:
         self._task = task
         self._servers = servers
-        self._judge = judge
+        self.judge = judge
         self._tokenizer = tokenizer
         self._settings = settings
         self._algorithm = algorithm
         self._seed = seed
         self._progress = progress
-
-    @property
-    def rates(self) -> Rates:
-        """The judge's error rates, as far as they are known."""
-        return self._judge.rates
 
     async def collect(self, step: int, cursor: int) -> list[Group]:
         """The groups of a step: `prompts_per_step` prompts of the training stream from `cursor` on.
@@ -83,6 +78,8 @@ class Sampler:
                 "drop_group, so nothing is left to train on; look at the judge server's log",
                 step=step,
             )
+        if self.judge.audit is not None:
+            self.judge.audit.note(groups)
         return groups
 
     def trainable(self, groups: Sequence[Group]) -> list[Group]:
@@ -112,14 +109,14 @@ class Sampler:
                     f"prompt {prompt.id} has {len(prompt.token_ids)} tokens, rollout.max_prompt_tokens is "
                     f"{self._settings.max_prompt_tokens}: raise it or leave the row out"
                 )
-        async with self._judge.step(len(prompts)) as end:
+        async with self.judge.step(len(prompts)) as end:
             groups = await all_or_first_error([self._group(step, prompt, end) for prompt in prompts])
-        self._judge.check(groups)
+        self.judge.check(groups)
         return groups
 
     async def _group(self, step: int, prompt: Prompt, end: StepEnd) -> Group:
         request = self._request(step, prompt)
-        judge = self._judge.open(step, prompt, end)
+        judge = self.judge.open(step, prompt, end)
         landed: dict[str, tuple[Rollout, asyncio.Task[None]]] = {}
         outcomes = {}
 
@@ -143,6 +140,11 @@ class Sampler:
             await judge.cancel()
             raise
         rollouts = [landed[name][0] for name in request.ids]
+        oracles = {
+            rollout.id: self._task.oracle(prompt, rollout.text) if outcomes[rollout.id].right else None
+            for rollout in rollouts
+        }
+        audits = await self._audits(prompt, rollouts, verdicts, oracles)
         return Group(
             step=step,
             prompt=prompt,
@@ -151,12 +153,29 @@ class Sampler:
                     rollout=rollout,
                     outcome=outcomes[rollout.id],
                     verdict=verdicts[rollout.id],
-                    oracle=self._task.oracle(prompt, rollout.text) if outcomes[rollout.id].right else None,
+                    oracle=oracles[rollout.id],
+                    audit=audits[rollout.id],
                     wrong_from=self._wrong_from(rollout, verdicts[rollout.id]),
                 )
                 for rollout in rollouts
             ),
         )
+
+    async def _audits(
+        self,
+        prompt: Prompt,
+        rollouts: Sequence[Rollout],
+        verdicts: Mapping[str, Verdict | NotJudged],
+        oracles: Mapping[str, int | None],
+    ) -> dict[str, int | None]:
+        """{rollout id: what the audit's reference says}, while other groups are still generated."""
+        audit = self.judge.audit
+        if audit is None:
+            return dict.fromkeys(verdicts)
+        labels = await all_or_first_error(
+            [audit.label(prompt, rollout, verdicts[rollout.id], oracles[rollout.id]) for rollout in rollouts]
+        )
+        return {rollout.id: label for rollout, label in zip(rollouts, labels, strict=True)}
 
     def _wrong_from(self, rollout: Rollout, verdict: Verdict | NotJudged) -> int | None:
         """The first token of the paragraph that is wrong, where the advantage needs it: it costs some decoding."""
