@@ -2,7 +2,8 @@
 
 The parent decides when they end: it starts each in a session of its own (`start_new_session=True`), so that a Ctrl-C
 reaches the parent alone, which may still need them to save its work; and it passes `launcher()` on to the child.
-The child calls `end_with(launcher)` first of all.
+The child calls `end_with(launcher)` first of all; a program that is not ours is started by this module as a script,
+`python lifeline.py LAUNCHER COMMAND...`, since what the kernel was told outlives the change of program.
 """
 
 import ctypes
@@ -28,3 +29,8 @@ def end_with(launcher: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != launcher:
             sys.exit("the launcher is gone")
+
+
+if __name__ == "__main__":
+    end_with(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_fapo.errors import WeightsError
+from megatron_fapo.held import HeldLayout, differing
 from megatron_fapo.publish.settings import PublishSettings
 from megatron_fapo.records import Bucket, WeightVersion
 from megatron_fapo.serving.interface import WeightReceiver
@@ -18,11 +19,14 @@ from megatron_fapo.weights import checksum, shared_memory_folder
 class Exporter(Protocol):
     """The trained model, as the end that sends."""
 
-    async def open_export(self) -> None:
-        """Start over at the first tensor."""
+    async def open_export(self, layouts: Sequence[HeldLayout]) -> None:
+        """Start over at the first tensor; what servers of these layouts must hold is computed on the way."""
 
     async def next_bucket(self, segment: str, nbytes: int) -> Bucket | None:
         """Write the next tensors, at most `nbytes` together, into a shared-memory file; None when all were sent."""
+
+    async def expected(self, layout: HeldLayout) -> dict[str, str]:
+        """{parameter: digest} that a server of this layout must hold, from the exporter's own bytes."""
 
 
 class WeightTransport(Protocol):
@@ -50,7 +54,6 @@ class SharedMemory:
         """Fill one segment while the receivers read the other."""
         sent: list[Bucket] = []
         loading: asyncio.Future[list[None]] | None = None
-        await exporter.open_export()
         while True:
             segment = self._segments[len(sent) % 2]
             bucket = await exporter.next_bucket(str(segment), self._nbytes)
@@ -72,19 +75,25 @@ async def publish(
 ) -> WeightVersion:
     """Bring every receiver to the exporter's present weights as `version`, and prove it.
 
-    Each receiver computes a checksum from the parameters that it holds; it must equal the one over the digests of
-    what the exporter sent. Raises WeightsError naming the receiver otherwise; all updates then stay open, so that
-    no server answers a request with half-way weights.
+    Each receiver sums the parameters that it holds, fused and sharded as they are; the sums must equal those that
+    the exporter computed of its own bytes. Raises WeightsError naming receiver and parameter otherwise; all updates
+    then stay open, so that no server answers a request with half-way weights.
     """
+    layouts = await asyncio.gather(*(receiver.layout() for receiver in receivers))
     await asyncio.gather(*(receiver.begin_update() for receiver in receivers))
+    await exporter.open_export(tuple(dict.fromkeys(layouts)))
     buckets = await transport.send(exporter, receivers)
-    tensors = [tensor for bucket in buckets for tensor in bucket.tensors]
-    expected = checksum({tensor.name: tensor.digest for tensor in tensors})
-    for place, held in enumerate(await asyncio.gather(*(receiver.checksum() for receiver in receivers))):
-        if held != expected:
+    expected = {layout: await exporter.expected(layout) for layout in dict.fromkeys(layouts)}
+    held = await asyncio.gather(*(receiver.held() for receiver in receivers))
+    for place, (layout, sums) in enumerate(zip(layouts, held, strict=True)):
+        if wrong := differing(expected[layout], sums):
             raise WeightsError(
-                f"server {place} holds weights with checksum {held}, published was {expected}", version=version
+                f"server {place} does not hold the weights that were published: {len(wrong)} of "
+                f"{len(expected[layout])} parameters differ, the first is {wrong[0]}",
+                version=version,
             )
     await asyncio.gather(*(receiver.end_update(version) for receiver in receivers))
+    tensors = [tensor for bucket in buckets for tensor in bucket.tensors]
     nbytes = sum(bucket.nbytes for bucket in buckets)
-    return WeightVersion(step=version, checksum=expected, tensors=len(tensors), nbytes=nbytes)
+    total = checksum({tensor.name: tensor.digest for tensor in tensors})
+    return WeightVersion(step=version, checksum=total, tensors=len(tensors), nbytes=nbytes)

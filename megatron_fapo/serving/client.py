@@ -9,14 +9,16 @@ import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict
 from typing import Any, Literal
 
 import aiohttp
 import numpy as np
 
 from megatron_fapo.errors import RequestRejected, ServerError, ServerUnreachable
+from megatron_fapo.held import HeldLayout
 from megatron_fapo.records import Bucket, Generation, GenerationRequest, Ints, VersionSpan, floats, ints
+from megatron_fapo.serving.receiver import Receiver, receiver
+from megatron_fapo.weights import checksum
 
 Json = dict[str, Any]
 PauseMode = Literal["in_place", "retract", "abort"]
@@ -41,6 +43,7 @@ class ServerClient:
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=timeout)
         self._session: aiohttp.ClientSession | None = None
         self._group_stream: bool | None = None
+        self._weights: Receiver | None = None
         self.failing = False
         """Whether its last exchange, of whatever kind, broke off."""
 
@@ -130,28 +133,42 @@ class ServerClient:
 
     # Weights.
 
+    async def layout(self) -> HeldLayout:
+        """How the server holds a model."""
+        return (await self._receiver()).layout
+
     async def begin_update(self) -> None:
         """Pause generation (running requests wait) and open an update."""
-        await self._json("POST", "/begin_weight_update", {})
+        await (await self._receiver()).begin()
 
     async def load_bucket(self, bucket: Bucket) -> None:
         """Copy a bucket into the model. The segment may be reused when this returns."""
-        await self._json(
-            "POST", "/update_weights_from_tensor", {"load_format": "shared_memory", "bucket": asdict(bucket)}
-        )
+        await (await self._receiver()).load(bucket)
+
+    async def held(self) -> dict[str, str]:
+        """{parameter: digest} of what the server's model holds now, by its `layout`; also while an update is open."""
+        return await (await self._receiver()).held()
+
+    async def checksum(self) -> str:
+        """One checksum over `held`."""
+        return checksum(await self.held())
 
     async def end_update(self, version: int) -> None:
         """Close the update, name what is held `version`, and continue generation."""
-        await self._json("POST", "/end_weight_update", {"weight_version": str(version)})
+        await (await self._receiver()).end(version)
 
-    async def checksum(self) -> str:
-        """Over the parameters that the server holds now; also while an update is open."""
-        return str((await self._json("POST", "/weights_checker", {"action": "checksum"}))["checksum"])
+    async def _receiver(self) -> Receiver:
+        """Which protocol the server speaks; asked once."""
+        if self._weights is None:
+            info = await self.info()
+            paths = {} if info.get("engine") == "embedded" else await self._json("GET", "/openapi.json", None)
+            self._weights = receiver(self.command, info, paths.get("paths", {}))
+        return self._weights
 
     async def load_from_disk(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder on the server's machine."""
         body = {"model_path": folder, "weight_version": str(version)}
-        await self._json("POST", "/update_weights_from_disk", body)
+        await self.command("/update_weights_from_disk", body)
 
     # Control.
 
@@ -169,29 +186,40 @@ class ServerClient:
 
     async def pause(self, mode: PauseMode = "in_place") -> None:
         """Stop generating: keep running samples in place, retract them to be prefilled again, or abort them."""
-        await self._json("POST", "/pause_generation", {"mode": mode})
+        await self.command("/pause_generation", {"mode": mode})
 
     async def resume_generation(self) -> None:
         """Generate again after `pause`."""
-        await self._json("POST", "/continue_generation", {})
+        await self.command("/continue_generation", {})
 
     async def abort(self, rid: str | None = None) -> None:
         """End the requests whose id starts with `rid`, or all; they return what they have."""
-        await self._json("POST", "/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
+        await self.command("/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
 
     async def flush_cache(self) -> None:
         """Forget cached prompts."""
-        await self._exchange_only("POST", "/flush_cache", {})
+        await self.command( "/flush_cache", {})
 
     async def release_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
         """Give memory back."""
-        await self._exchange_only("POST", "/release_memory_occupation", {"tags": list(tags)})
+        await self.command( "/release_memory_occupation", {"tags": list(tags)})
 
     async def resume_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
         """Take memory again; weights need an update before the server generates, unless it kept a backup."""
-        await self._exchange_only("POST", "/resume_memory_occupation", {"tags": list(tags)})
+        await self.command( "/resume_memory_occupation", {"tags": list(tags)})
 
     # The border.
+
+    async def command(self, path: str, body: Json) -> Json:
+        """POST; the JSON object of the answer, empty when it is a text."""
+        async with self._exchange("POST", path, body, None) as response:
+            data = await response.read()
+            if response.content_type != "application/json":
+                return {}
+        answer = _parsed(data, self.url)
+        if answer.get("success") is False:
+            raise ServerError(f"{self.url}{path} failed: {answer.get('message')}")
+        return answer
 
     async def _json(self, method: str, path: str, body: Json | None, rid: str | None = None) -> Json:
         async with self._exchange(method, path, body, rid) as response:
@@ -199,10 +227,6 @@ class ServerClient:
         if answer.get("success") is False:
             raise ServerError(f"{self.url}{path} failed: {answer.get('message')}", **_where(rid))
         return answer
-
-    async def _exchange_only(self, method: str, path: str, body: Json) -> None:
-        async with self._exchange(method, path, body, None) as response:
-            await response.read()
 
     @asynccontextmanager
     async def _exchange(
@@ -357,8 +381,8 @@ def _parsed(data: bytes, url: str) -> Json:
 def _raise_status(status: int, data: bytes, url: str, rid: str | None) -> None:
     try:
         answer = json.loads(data)
-        message = answer["error"]["message"]
-    except (ValueError, KeyError, TypeError):
+        message = answer["error"]["message"] if "error" in answer else answer.get("message") or answer["detail"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         message = data[:200].decode(errors="replace")
     kind = RequestRejected if 400 <= status < 500 else ServerError
     raise kind(f"{url}: {message}", status=status, **_where(rid))

@@ -6,6 +6,7 @@
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
+from megatron_fapo.held import HeldLayout
 from megatron_fapo.records import Bucket, Generation, GenerationRequest, Ints
 
 
@@ -26,14 +27,17 @@ class Scorer(Generator, Protocol):
 class WeightReceiver(Protocol):
     """A server whose weights can be replaced. While an update is open it generates nothing."""
 
+    async def layout(self) -> HeldLayout:
+        """How it holds a model, which decides what `held` must say."""
+
     async def begin_update(self) -> None:
         """Pause generation (running requests wait) and open an update."""
 
     async def load_bucket(self, bucket: Bucket) -> None:
         """Copy a bucket into the model. The segment may be reused when this returns."""
 
-    async def checksum(self) -> str:
-        """`weights.checksum` of the parameters it holds now, computed from its own memory; update open or not."""
+    async def held(self) -> dict[str, str]:
+        """{parameter: digest} of what it holds now, computed from its own memory; update open or not."""
 
     async def end_update(self, version: int) -> None:
         """Close the update, name what is held `version`, and continue generation."""

@@ -1,8 +1,8 @@
 """Starts the server processes of a role, watches them, stops them.
 
-A server says where it listens through a pipe, so the port is bound before anyone hears of it. It ends when told to,
-and when the launching process ends, however that happens; not by a Ctrl-C in the launching process's terminal, which
-may want to save what its servers still do.
+A server ends when told to, and when the launching process ends, however that happens; not by a Ctrl-C in the
+launching process's terminal, which may want to save what its servers still do. An embedded server says where it
+listens through a pipe, so its port is bound before anyone hears of it; how SGLang starts: `serving.sglang.launch`.
 """
 
 import asyncio
@@ -11,57 +11,26 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fapo import lifeline
 from megatron_fapo.errors import ServerError
 from megatron_fapo.serving.client import ServerClient, ServerGroup
+from megatron_fapo.serving.process import ServerProcess, died, stop, tail
 from megatron_fapo.serving.settings import ServerSettings
-
-_STOP_SECONDS = 15.0
-_LOG_LINES = 15
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerProcess:
-    """A running server. `process.wait()` returns when it has ended."""
-
-    url: str
-    pid: int
-    log: Path
-    process: asyncio.subprocess.Process
-
-    def check(self) -> None:
-        """Raise ServerError with the last lines of its log when the server has ended."""
-        status = self.process.returncode
-        if status is None:
-            # asyncio learns of an end one turn of its loop late; the kernel knows, and keeps it for asyncio.
-            try:
-                ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                raise died(self.pid, None, self.log) from None
-            if ended is None:
-                return
-            status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-        raise died(self.pid, status, self.log)
-
-    async def stop(self) -> None:
-        """Ask it to end; kill it when it does not."""
-        await _stop(self.process)
-
-
-def died(pid: int, code: int | None, log: Path) -> ServerError:
-    """The error for a server that has ended: its exit status and what it said last."""
-    status = "an unknown status" if code is None else f"status {code}"
-    return ServerError(f"server ended with {status}; the end of {log}:\n{_tail(log)}", pid=pid)
+from megatron_fapo.serving.sglang.launch import launch_sglang
 
 
 async def launch_one(settings: ServerSettings, log: Path, port: int) -> ServerProcess:
     """Start one server and wait until it is healthy. Raises ServerError when it ends first or is too slow."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = launch_sglang if settings.engine == "sglang" else _launch_embedded
+    return await start(settings, log, port)
+
+
+async def _launch_embedded(settings: ServerSettings, log: Path, port: int) -> ServerProcess:
     settings = settings.changed(port=port)
     reading, writing = os.pipe()
-    log.parent.mkdir(parents=True, exist_ok=True)
     threads = str(settings.threads)
     try:
         with log.open("ab") as output:
@@ -87,9 +56,9 @@ async def launch_one(settings: ServerSettings, log: Path, port: int) -> ServerPr
         if not url:
             raise died(process.pid, await process.wait(), log)
     except BaseException as error:
-        await _stop(process)
+        await stop(process)
         if isinstance(error, TimeoutError):
-            raise ServerError(f"server not ready after {settings.start_timeout} s:\n{_tail(log)}") from None
+            raise ServerError(f"server not ready after {settings.start_timeout} s:\n{tail(log)}") from None
         raise
     return ServerProcess(url=url, pid=process.pid, log=log, process=process)
 
@@ -141,19 +110,3 @@ async def launch(settings: ServerSettings, name: str, logs: Path) -> AsyncIterat
             yield group
         finally:
             await group.close()
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    for end in (process.terminate, process.kill):
-        if process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            end()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), _STOP_SECONDS)
-
-
-def _tail(log: Path) -> str:
-    with contextlib.suppress(OSError):
-        return "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
-    return "(no log)"

@@ -21,11 +21,32 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+class SGLangSettings(Settings):
+    """How SGLang is started, where `engine` is `sglang`."""
+
+    python: str = ".venvs/sglang/bin/python"
+    """Python of the environment that SGLang is installed in; it is never the one of training."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Where SGLang computes (--device). On cpu it ignores seeds; `make sglang-cpu` makes such an environment."""
+    tensor_parallel: Positive = 1
+    """Ranks of one server (--tp-size)."""
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Share of the device's memory for weights and KV cache (--mem-fraction-static)."""
+    max_total_tokens: Positive | None = None
+    """Tokens in the KV cache (--max-total-tokens); null takes what the memory allows."""
+    memory_saver: bool = False
+    """Let the server give memory back between phases (--enable-memory-saver); for training on the same device."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of `sglang.launch_server`, as they are written on its command line."""
+
+
 class ServerSettings(Settings):
     """One role's servers: what they serve, where they listen, how much they hold."""
 
-    engine: Literal["embedded"] = "embedded"
-    """Which engine answers: `embedded` runs the model inside our own server process."""
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """Which engine answers: `embedded` runs the model inside our own server process, `sglang` is SGLang."""
+    sglang: SGLangSettings = SGLangSettings()
+    """How SGLang is started."""
     model: str
     """Folder of a Hugging Face causal language model (config.json and safetensors)."""
     host: str = "127.0.0.1"
@@ -48,10 +69,18 @@ class ServerSettings(Settings):
     """Keep the weights aside while their memory is released, so that resuming needs no update."""
     api_key_file: str | None = None
     """File holding the key that clients must send as `Authorization: Bearer KEY`."""
-    start_timeout: Seconds = 120.0
+    start_timeout: Seconds = 300.0
     """Seconds until a started server must be healthy."""
     request_timeout: Seconds = 600.0
     """Seconds that a client waits between two pieces of an answer."""
+
+    @model_validator(mode="after")
+    def _fits_the_device(self) -> Self:
+        if self.engine == "sglang" and self.sglang.device == "cpu" and self.deterministic:
+            raise ValueError("engine sglang on the cpu ignores seeds: a deterministic run needs engine embedded")
+        if self.sglang.memory_saver and self.sglang.device == "cpu":
+            raise ValueError("sglang.memory_saver needs sglang.device cuda")
+        return self
 
     @model_validator(mode="after")
     def _reachable_only_with_a_key(self) -> Self:

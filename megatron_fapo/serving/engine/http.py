@@ -16,6 +16,7 @@ from megatron_fapo.serving.engine.protocol import Json, Limits, Parsed
 from megatron_fapo.serving.engine.sample import Answer
 from megatron_fapo.serving.engine.text import Text
 from megatron_fapo.serving.settings import ServerSettings
+from megatron_fapo.weights import checksum
 
 Pieces = AsyncGenerator[tuple[bytes, bool], None]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -219,19 +220,23 @@ class Routes:
         return web.json_response({"success": True, "weight_version": str(version)})
 
     async def weights_checker(self, request: web.Request) -> web.Response:
-        """The checksum of what the model holds."""
+        """The checksum of what the model holds, and of each parameter."""
         return web.json_response({"success": True, **await self._held()})
 
     async def _held(self) -> Json:
         engine = self._engine
-        return await engine.call(
-            lambda: {
-                "checksum": engine.weights.checksum(),
+
+        def held() -> Json:
+            digests = engine.weights.digests()
+            return {
+                "checksum": checksum(digests),
+                "checksums": digests,
                 "tensors": len(engine.weights.names),
                 "nbytes": engine.weights.nbytes,
                 "weight_version": engine.version,
             }
-        )
+
+        return await engine.call(held)
 
     # Control.
 

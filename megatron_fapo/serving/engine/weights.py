@@ -93,7 +93,11 @@ class Weights:
 
     def checksum(self) -> str:
         """Over what the model holds now, under Hugging Face names."""
-        return checksum({name: digest(_bytes(tensor)) for name, tensor in self._model.parameters.items()})
+        return checksum(self.digests())
+
+    def digests(self) -> dict[str, str]:
+        """{Hugging Face name: digest} of what the model holds now."""
+        return {name: digest(_bytes(tensor)) for name, tensor in self._model.parameters.items()}
 
     def release(self, backup: bool) -> None:
         """Give the parameters' memory back."""

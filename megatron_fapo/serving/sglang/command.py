@@ -1,0 +1,84 @@
+"""How SGLang is started: its command line and environment, from settings. Light: no torch, no SGLang.
+
+The flags for CUDA are those that co-located training needs; each with its reason.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from shutil import which
+
+from megatron_fapo.serving.settings import ServerSettings
+
+INSIDE = Path(__file__).parent / "inside"
+"""What runs in SGLang's processes; the folder is put on their path."""
+LOADER = "fapo_weights.load"
+"""Our loader in there, as SGLang names it."""
+
+
+def command(settings: ServerSettings, port: int, key_file: Path | None) -> list[str]:
+    """The command line of one server. `key_file` is a YAML file with the API key, out of sight of `ps`."""
+    sglang = settings.sglang
+    return [
+        os.path.abspath(which(sglang.python) or sglang.python),  # not resolved: a venv's Python is a link
+        "-m",
+        "sglang.launch_server",
+        *("--model-path", settings.model),
+        *("--host", settings.host),
+        *("--port", str(port)),
+        *("--device", sglang.device),
+        *("--dtype", settings.dtype),
+        *("--tp-size", str(sglang.tensor_parallel)),
+        *("--mem-fraction-static", str(sglang.memory_fraction)),
+        *("--max-running-requests", str(settings.max_running)),
+        *("--context-length", str(settings.context_length)),
+        *("--custom-weight-loader", LOADER),
+        # Its warm-up sends a text, which a model without a tokenizer cannot answer.
+        "--skip-server-warmup",
+        *(("--config", str(key_file)) if key_file else ()),
+        *_chosen(settings),
+        *sglang.arguments,
+    ]
+
+
+def _chosen(settings: ServerSettings) -> Iterator[str]:
+    """Flags that depend on the device and on what was asked for."""
+    sglang = settings.sglang
+    if sglang.device == "cpu":
+        yield from ("--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-cuda-graph")
+        # Without it the scheduler burns a core while nothing is asked.
+        yield "--sleep-on-idle"
+    if sglang.max_total_tokens is not None:
+        yield from ("--max-total-tokens", str(sglang.max_total_tokens))
+    if sglang.memory_saver:
+        yield "--enable-memory-saver"
+        # Graph memory can only be paused with the decode graphs; the prefill graphs' default backend refuses.
+        yield from ("--cuda-graph-backend-prefill", "disabled")
+    if settings.weights_cpu_backup:
+        yield "--enable-weights-cpu-backup"
+    if settings.deterministic and sglang.device == "cuda":
+        yield "--enable-deterministic-inference"
+
+
+def environment(settings: ServerSettings, given: Mapping[str, str]) -> dict[str, str]:
+    """The environment of one server, from that of this process."""
+    sglang, threads = settings.sglang, str(settings.threads)
+    result = {
+        **given,
+        "PYTHONPATH": str(INSIDE),  # and nothing of ours: the server has packages of its own
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    # Expandable segments can neither be paused by the memory saver nor be exported to another process.
+    result.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    result.pop("PYTORCH_ALLOC_CONF", None)
+    if sglang.device == "cpu":
+        result["SGLANG_USE_CPU_ENGINE"] = "1"
+    else:
+        result["NCCL_CUMEM_ENABLE"] = "0"
+        result["NCCL_GRAPH_REGISTER"] = "0"  # NCCL in CUDA graphs hangs after a resume otherwise
+    if sglang.memory_saver:
+        result["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"
+    return result
