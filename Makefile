@@ -4,10 +4,11 @@ FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+SGLANG := .venvs/sglang
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart results test test-all test-gpu check lint format types layers docs warm-start clean
+.PHONY: help install quickstart results test test-all sglang-cpu test-gpu check lint format types layers docs warm-start clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  %-12s %s\n", $$1, $$2}'
@@ -30,8 +31,19 @@ results: install ## three seeds an arm, the numbers of docs/results.md
 test: install check ## lint, types, layers and the tests (minutes)
 	$(PYTEST) -m "not long and not gpu"
 
-test-all: test ## the long tests as well
+test-all: test sglang-cpu ## the long tests as well
 	$(PYTEST) -m "long and not gpu"
+
+sglang-cpu: $(SGLANG)/.installed ## SGLang for the CPU, in an environment of its own (1.8 GB)
+
+$(SGLANG)/.installed: tests/support/sglang/requirements.txt | $(VENV)/.installed
+	$(BIN)/python -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@# Stand-ins for what SGLang imports of the CUDA stack, in this environment only.
+	@printf '%s\nimport sglang_cpu_stand_ins; sglang_cpu_stand_ins.install()\n' '$(CURDIR)/tests/support/sglang' \
+		> $$($(SGLANG)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sglang_cpu_stand_ins.pth
+	@touch $@
 
 test-gpu: install ## tests that need a CUDA device
 	$(PYTEST) -m gpu

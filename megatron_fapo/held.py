@@ -46,7 +46,7 @@ class HeldDigests:
     def __init__(self, layout: HeldLayout) -> None:
         self.layout = layout
         self._done: dict[str, str] = {}
-        self._open: dict[str, tuple[int, list["hashlib._Hash"]]] = {}
+        self._open: dict[str, tuple[int, list[hashlib._Hash]]] = {}
 
     def add(self, spec: TensorSpec, data: memoryview) -> None:
         """One tensor and its bytes. Raises WeightsError for one whose place in the layout is unknown."""

@@ -15,6 +15,7 @@ from megatron_fapo.cluster.placement import Placement, reserve
 from megatron_fapo.cluster.rank_actor import RankActor
 from megatron_fapo.config import ClusterSettings
 from megatron_fapo.errors import FapoError, PolicyError
+from megatron_fapo.held import HeldLayout
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.records import Bucket, Role, StepBatch, StepReport
 
@@ -68,14 +69,18 @@ class MegatronModel:
         reports = await self._all("update", ray.put(batch), loss)
         return next(report for report in reports if isinstance(report, StepReport))
 
-    async def open_export(self) -> None:
-        """Start an export at the first tensor."""
-        await self._all("open_export")
+    async def open_export(self, layouts: Sequence[HeldLayout]) -> None:
+        """Start an export at the first tensor, to servers that hold weights in these layouts."""
+        await self._all("open_export", layouts)
 
     async def next_bucket(self, segment: str, nbytes: int) -> Bucket | None:
         """Write the next tensors into a shared-memory file; None when all were sent."""
         buckets = await self._all("next_bucket", segment, nbytes)
         return next((bucket for bucket in buckets if isinstance(bucket, Bucket)), None)
+
+    async def expected(self, layout: HeldLayout) -> dict[str, str]:
+        """What a server of this layout must hold after the export."""
+        return dict(await self._one(0, "expected", layout))
 
     async def begin_save(self, folder: Path) -> None:
         """Copy weights, optimizer, schedule and random states, and let the ranks write them in the background."""

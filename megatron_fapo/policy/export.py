@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fapo.errors import PolicyError
+from megatron_fapo.held import HeldDigests, HeldLayout
 from megatron_fapo.policy.hf_folder import SHARD_BYTES, Writer
 from megatron_fapo.policy.model import Model
 from megatron_fapo.policy.pieces import Piece, fetch, plan
@@ -20,10 +21,11 @@ from megatron_fapo.weights import Segment, aligned, digest
 class Export:
     """One walk over all weights, bucket by bucket."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, layouts: Sequence[HeldLayout] = ()) -> None:
         self.model = model
         self.pieces = plan(model.bridge, model.chunks)
         self._next = 0
+        self._held = {layout: HeldDigests(layout) for layout in layouts}
 
     def next_bucket(self, path: Path, nbytes: int) -> Bucket | None:
         """See `PolicyRank.next_bucket`."""
@@ -32,7 +34,7 @@ class Export:
         if not pieces:
             return None
         writing = dist.get_rank() == 0
-        memory = Segment.create(path, nbytes).memory if writing else bytearray(1)
+        memory = Segment.create(path, nbytes).memory if writing else memoryview(bytearray(1))
         target = torch.frombuffer(memory, dtype=torch.uint8)
         specs: list[TensorSpec] = []
         offset = 0
@@ -40,8 +42,14 @@ class Export:
             for name, tensor in fetch(self.model.bridge, self.model.chunks, piece):
                 spec = _write(name, tensor, target, offset)
                 specs.append(spec)
+                for held in self._held.values():
+                    held.add(spec, memory[offset : offset + tensor.numel() * tensor.itemsize])
                 offset = aligned(offset + tensor.numel() * tensor.itemsize)
         return Bucket(segment=str(path), nbytes=offset, tensors=tuple(specs)) if writing else None
+
+    def expected(self, layout: HeldLayout) -> dict[str, str] | None:
+        """See `PolicyRank.expected`."""
+        return self._held[layout].result() if dist.get_rank() == 0 else None
 
     def _cut(self, nbytes: int) -> Sequence[Piece]:
         """The next pieces that fit together."""

@@ -20,6 +20,7 @@ from megatron_fapo.algorithm.losses import TokenLosses, denominator, policy_loss
 from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.errors import Diverged, PolicyError
+from megatron_fapo.held import HeldLayout
 from megatron_fapo.policy import export, forward, passes
 from megatron_fapo.policy.checkpoint import Checkpoints
 from megatron_fapo.policy.forward import Padded, Scores
@@ -257,10 +258,10 @@ class PolicyRank:
 
     # --- weights --------------------------------------------------------------------------------------------
 
-    def open_export(self) -> None:
-        """Start an export of the current weights. Collective."""
+    def open_export(self, layouts: Sequence[HeldLayout] = ()) -> None:
+        """Start an export of the current weights, to servers that hold them in these layouts. Collective."""
         with self.device.active():
-            self._export = export.Export(self.model)
+            self._export = export.Export(self.model, layouts)
 
     def next_bucket(self, segment_path: str, nbytes: int) -> Bucket | None:
         """Fill shared memory of `nbytes` at `segment_path` with the next tensors, under Hugging Face names.
@@ -272,6 +273,16 @@ class PolicyRank:
             raise PolicyError("open_export() comes first")
         with self.device.active():
             return self._export.next_bucket(Path(segment_path), nbytes)
+
+    def expected(self, layout: HeldLayout) -> dict[str, str] | None:
+        """After the last bucket, on rank 0: {parameter: digest} that a server of this layout must hold now.
+
+        The layout is one of those given to `open_export`. Raises WeightsError for a model that the layout cannot
+        place.
+        """
+        if self._export is None:
+            raise PolicyError("open_export() comes first")
+        return self._export.expected(layout)
 
     def save_hf(self, folder: str) -> None:
         """Write a Hugging Face folder: weights, config, tokenizer. Collective; rank 0 writes."""

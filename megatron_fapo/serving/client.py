@@ -184,6 +184,10 @@ class ServerClient:
         """What the server says about itself."""
         return await self._json("GET", "/get_server_info", None)
 
+    async def weight_version(self) -> str:
+        """The name of the weights that it generates with now; "default" before the first update."""
+        return str((await self._json("GET", "/get_model_info", None))["weight_version"])
+
     async def pause(self, mode: PauseMode = "in_place") -> None:
         """Stop generating: keep running samples in place, retract them to be prefilled again, or abort them."""
         await self.command("/pause_generation", {"mode": mode})
@@ -193,28 +197,28 @@ class ServerClient:
         await self.command("/continue_generation", {})
 
     async def abort(self, rid: str | None = None) -> None:
-        """End the requests whose id starts with `rid`, or all; they return what they have."""
+        """End the request of this id, or all; they return what they have. The embedded engine takes prefixes too."""
         await self.command("/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
 
     async def flush_cache(self) -> None:
         """Forget cached prompts."""
-        await self.command( "/flush_cache", {})
+        await self.command("/flush_cache", {})
 
     async def release_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
         """Give memory back."""
-        await self.command( "/release_memory_occupation", {"tags": list(tags)})
+        await self.command("/release_memory_occupation", {"tags": list(tags)})
 
     async def resume_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
         """Take memory again; weights need an update before the server generates, unless it kept a backup."""
-        await self.command( "/resume_memory_occupation", {"tags": list(tags)})
+        await self.command("/resume_memory_occupation", {"tags": list(tags)})
 
     # The border.
 
     async def command(self, path: str, body: Json) -> Json:
-        """POST; the JSON object of the answer, empty when it is a text."""
+        """POST; the JSON object of the answer, empty when that is a text or null."""
         async with self._exchange("POST", path, body, None) as response:
             data = await response.read()
-            if response.content_type != "application/json":
+            if response.content_type != "application/json" or data == b"null":
                 return {}
         answer = _parsed(data, self.url)
         if answer.get("success") is False:
@@ -379,13 +383,20 @@ def _parsed(data: bytes, url: str) -> Json:
 
 
 def _raise_status(status: int, data: bytes, url: str, rid: str | None) -> None:
-    try:
-        answer = json.loads(data)
-        message = answer["error"]["message"] if "error" in answer else answer.get("message") or answer["detail"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        message = data[:200].decode(errors="replace")
+    message = _message(data) or data[:200].decode(errors="replace")
     kind = RequestRejected if 400 <= status < 500 else ServerError
     raise kind(f"{url}: {message}", status=status, **_where(rid))
+
+
+def _message(data: bytes) -> str:
+    """What an error's body says: ours has error.message, SGLang's parts have error, message or detail as well."""
+    try:
+        answer = json.loads(data)
+    except ValueError:
+        return ""
+    while isinstance(answer, dict):
+        answer = next((answer[key] for key in ("error", "message", "detail") if key in answer), "")
+    return str(answer)
 
 
 def _where(rid: str | None) -> dict[str, str]:

@@ -123,7 +123,7 @@ class SGLang:
 
     async def held(self) -> dict[str, str]:
         """The checker's sum of each parameter of each rank."""
-        found = {}
+        found: dict[str, str] = {}
         for rank in (await self._command("/weights_checker", {"action": "checksum"}))["ranks"]:
             place = rank["parallelism_info"]
             place = place[0] if isinstance(place, list) else place

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_fapo.errors import WeightsError
+from megatron_fapo.held import HeldLayout
 from megatron_fapo.publish.publisher import SharedMemory, publish
 from megatron_fapo.publish.settings import PublishSettings
 from megatron_fapo.records import Bucket, TensorSpec
@@ -19,8 +20,11 @@ class Source:
         self.tensors = tensors
         self.left: list[str] = []
 
-    async def open_export(self) -> None:
+    async def open_export(self, layouts) -> None:
         self.left = list(self.tensors)
+
+    async def expected(self, layout: HeldLayout) -> dict[str, str]:
+        return {name: digest(tensor.tobytes()) for name, tensor in self.tensors.items()}
 
     async def next_bucket(self, segment: str, nbytes: int) -> Bucket | None:
         if not self.left:
@@ -44,9 +48,12 @@ class Sink:
     """Holds tensors; `flip` damages one byte of the tensor of that name after it arrived."""
 
     def __init__(self, flip: str | None = None, slow: float = 0.0) -> None:
-        self.held: dict[str, bytes] = {}
+        self.has: dict[str, bytes] = {}
         self.flip, self.slow = flip, slow
         self.open, self.version = False, None
+
+    async def layout(self) -> HeldLayout:
+        return HeldLayout()
 
     async def begin_update(self) -> None:
         self.open = True
@@ -57,10 +64,10 @@ class Sink:
         for tensor in bucket.tensors:
             data = bytearray(memory[tensor.offset : tensor.offset + int(np.prod(tensor.shape)) * 4])
             data[0] ^= tensor.name == self.flip
-            self.held[tensor.name] = bytes(data)
+            self.has[tensor.name] = bytes(data)
 
-    async def checksum(self) -> str:
-        return checksum({name: digest(data) for name, data in self.held.items()})
+    async def held(self) -> dict[str, str]:
+        return {name: digest(data) for name, data in self.has.items()}
 
     async def end_update(self, version: int) -> None:
         self.open, self.version = False, version
@@ -85,15 +92,15 @@ def test_every_server_ends_with_the_exporters_bytes(tensors, kilobytes):
     sinks = [Sink(), Sink(slow=0.001)]
     version = send(tensors, sinks, kilobytes)
     for sink in sinks:
-        assert sink.held == {name: tensor.tobytes() for name, tensor in tensors.items()}
+        assert sink.has == {name: tensor.tobytes() for name, tensor in tensors.items()}
         assert (sink.open, sink.version) == (False, 7)
     assert (version.step, version.tensors) == (7, 9)
-    assert version.checksum == asyncio.run(sinks[0].checksum())
+    assert version.checksum == checksum(asyncio.run(sinks[0].held()))
 
 
 def test_a_flipped_byte_stops_the_run_by_name_and_no_server_continues(tensors):
     sinks = [Sink(), Sink(flip="layer.4.weight")]
-    with pytest.raises(WeightsError, match="server 1 holds weights with checksum"):
+    with pytest.raises(WeightsError, match=r"server 1 does not hold.*1 of 9 parameters.*layer\.4"):
         send(tensors, sinks)
     assert all(sink.open for sink in sinks)
 
@@ -102,7 +109,7 @@ def test_a_missing_tensor_is_noticed(tensors):
     class Forgetful(Sink):
         async def load_bucket(self, bucket: Bucket) -> None:
             await super().load_bucket(bucket)
-            self.held.pop("layer.2.weight", None)
+            self.has.pop("layer.2.weight", None)
 
     with pytest.raises(WeightsError):
         send(tensors, [Forgetful()])

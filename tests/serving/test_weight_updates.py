@@ -12,7 +12,7 @@ import torch
 from megatron_fapo.errors import RequestRejected
 from megatron_fapo.records import Bucket, VersionSpan
 from megatron_fapo.weights import checksum, digest
-from tests.serving.worlds import make_model, write_bucket
+from tests.serving.worlds import make_model, with_kept_cache, write_bucket
 
 
 @pytest.fixture
@@ -194,18 +194,6 @@ async def test_versions_tell_to_the_token_which_weights_drew_it(
     else:
         after = with_kept_cache(model_a.model, model_b.model, prompts[3], tokens, split)
     np.testing.assert_allclose(logprobs[split:], after, atol=2e-5)
-
-
-@torch.no_grad()
-def with_kept_cache(old, new, prompt, tokens, split):
-    """Log-probs of tokens[split:] by the new model over keys and values that the old one left behind."""
-    known = [*prompt, *tokens[: split - 1]]
-    cache = old(torch.tensor([known]), use_cache=True).past_key_values
-    result = []
-    for place in range(split, len(tokens)):
-        logits = new(torch.tensor([[tokens[place - 1]]]), past_key_values=cache, use_cache=True).logits[0, -1]
-        result.append(logits.log_softmax(-1)[tokens[place]].item())
-    return result
 
 
 async def test_pausing_with_abort_ends_what_runs(server_url, client, prompts):

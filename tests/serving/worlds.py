@@ -12,6 +12,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -62,7 +63,7 @@ def make_model(folder: Path, kind: str = "qwen3", seed: int = 0) -> Path:
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token=f"w{EOS}").save_pretrained(folder)
     return folder
 
 
@@ -98,6 +99,18 @@ class Reference:
     def tensors(self):
         """Parameters under their names, tied ones once."""
         return {name: parameter.data for name, parameter in self.model.named_parameters()}
+
+
+@torch.no_grad()
+def with_kept_cache(old, new, prompt, tokens, split):
+    """Log-probs of tokens[split:] by the new model over keys and values that the old one left behind."""
+    known = [*prompt, *tokens[: split - 1]]
+    cache = old(torch.tensor([known]), use_cache=True).past_key_values
+    result = []
+    for place in range(split, len(tokens)):
+        logits = new(torch.tensor([[tokens[place - 1]]]), past_key_values=cache, use_cache=True).logits[0, -1]
+        result.append(logits.log_softmax(-1)[tokens[place]].item())
+    return result
 
 
 def write_bucket(name, tensors) -> tuple[Segment, Bucket]:

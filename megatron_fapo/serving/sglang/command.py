@@ -70,6 +70,8 @@ def environment(settings: ServerSettings, given: Mapping[str, str]) -> dict[str,
         "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        # /health says whether the server lives, also while it is paused; it would draw a token, and fail then.
+        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
     }
     # Expandable segments can neither be paused by the memory saver nor be exported to another process.
     result.pop("PYTORCH_CUDA_ALLOC_CONF", None)
