@@ -26,8 +26,8 @@ class SGLangSettings(Settings):
 
     python: str = ".venvs/sglang/bin/python"
     """Python of the environment that SGLang is installed in; it is never the one of training."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """Where SGLang computes (--device). On cpu it ignores seeds; `make sglang-cpu` makes such an environment."""
+    on_cpu: bool = False
+    """Compute on the CPU (--device cpu), where SGLang ignores seeds; `make sglang-cpu` makes such an environment."""
     tensor_parallel: Positive = 1
     """Ranks of one server (--tp-size)."""
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.6
@@ -76,10 +76,10 @@ class ServerSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_the_device(self) -> Self:
-        if self.engine == "sglang" and self.sglang.device == "cpu" and self.deterministic:
+        if self.engine == "sglang" and self.sglang.on_cpu and self.deterministic:
             raise ValueError("engine sglang on the cpu ignores seeds: a deterministic run needs engine embedded")
-        if self.sglang.memory_saver and self.sglang.device == "cpu":
-            raise ValueError("sglang.memory_saver needs sglang.device cuda")
+        if self.sglang.memory_saver and self.sglang.on_cpu:
+            raise ValueError("sglang.memory_saver needs a GPU: leave sglang.on_cpu out")
         return self
 
     @model_validator(mode="after")

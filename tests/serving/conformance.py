@@ -44,7 +44,7 @@ def settings(engine: str, model: Path, key: Path, context: int) -> ServerSetting
     common = {"model": str(model), "api_key_file": str(key), "context_length": context, "max_running": 64}
     if engine == "embedded":
         return ServerSettings.model_validate(common)
-    sglang = {"device": "cpu", "max_total_tokens": 65536, "python": str(SGLANG), "memory_fraction": 0.3}
+    sglang = {"on_cpu": True, "max_total_tokens": 65536, "python": str(SGLANG), "memory_fraction": 0.3}
     return ServerSettings.model_validate({**common, "engine": "sglang", "sglang": sglang})
 
 

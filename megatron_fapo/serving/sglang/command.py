@@ -26,7 +26,6 @@ def command(settings: ServerSettings, port: int, key_file: Path | None) -> list[
         *("--model-path", settings.model),
         *("--host", settings.host),
         *("--port", str(port)),
-        *("--device", sglang.device),
         *("--dtype", settings.dtype),
         *("--tp-size", str(sglang.tensor_parallel)),
         *("--mem-fraction-static", str(sglang.memory_fraction)),
@@ -44,7 +43,8 @@ def command(settings: ServerSettings, port: int, key_file: Path | None) -> list[
 def _chosen(settings: ServerSettings) -> Iterator[str]:
     """Flags that depend on the device and on what was asked for."""
     sglang = settings.sglang
-    if sglang.device == "cpu":
+    if sglang.on_cpu:
+        yield from ("--device", "cpu")
         yield from ("--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-cuda-graph")
         # Without it the scheduler burns a core while nothing is asked.
         yield "--sleep-on-idle"
@@ -56,7 +56,7 @@ def _chosen(settings: ServerSettings) -> Iterator[str]:
         yield from ("--cuda-graph-backend-prefill", "disabled")
     if settings.weights_cpu_backup:
         yield "--enable-weights-cpu-backup"
-    if settings.deterministic and sglang.device == "cuda":
+    if settings.deterministic and not sglang.on_cpu:
         yield "--enable-deterministic-inference"
 
 
@@ -76,7 +76,7 @@ def environment(settings: ServerSettings, given: Mapping[str, str]) -> dict[str,
     # Expandable segments can neither be paused by the memory saver nor be exported to another process.
     result.pop("PYTORCH_CUDA_ALLOC_CONF", None)
     result.pop("PYTORCH_ALLOC_CONF", None)
-    if sglang.device == "cpu":
+    if sglang.on_cpu:
         result["SGLANG_USE_CPU_ENGINE"] = "1"
     else:
         result["NCCL_CUMEM_ENABLE"] = "0"
