@@ -16,8 +16,9 @@ fails once upstream no longer needs the patch.
 | P7 | streams that are always idle | dispatcher of tokens to experts |
 | P9 | sizes of all-to-all splits become numpy arrays for CPU tensors too | dispatcher with expert parallelism |
 | P10 | `step` of torch's Adam: created before a checkpoint is loaded, one per parameter | DistributedOptimizer |
+| P12 | activations and gradients between stages are told apart, and their shapes too | two interleaved stages |
 
-P8 and P11 to P14 are in `compat.upstream`: they mend what every device meets.
+P8, P11, P13 and P14 are in `compat.upstream`: they mend what every device meets.
 """
 
 import os
@@ -200,6 +201,68 @@ def initialize_adam(optimizer: Any) -> None:
                     }
 
 
+ACTIVATION, GRADIENT = 1, 2
+"""Tags of messages between pipeline stages."""
+
+
+def _tell_directions_apart() -> None:
+    """P12: what travels forwards never takes the place of what travels backwards.
+
+    Where a stage's previous and next one are the same rank (two stages in a circle, as the interleaved schedule has
+    them) upstream pairs messages by the order in which they are posted, which differs between the two ranks: shapes,
+    and tensors in batched mode, are mixed up. Gloo pairs by tag as well. Nobody waits until a shape that he sent has
+    arrived: with as many microbatches as stages, the receiver may first wait for a tensor of his.
+    """
+    import torch.distributed as dist
+    from megatron.core.pipeline_parallel import p2p_communication
+
+    def exchange(
+        *,
+        tensor_send_prev: torch.Tensor | None,
+        tensor_recv_prev: torch.Tensor | None,
+        tensor_send_next: torch.Tensor | None,
+        tensor_recv_next: torch.Tensor | None,
+        group: Any,
+        prev_pipeline_rank: int,
+        next_pipeline_rank: int,
+    ) -> dict[str, Any]:
+        planned = {
+            "recv_prev": (dist.irecv, tensor_recv_prev, prev_pipeline_rank, ACTIVATION),
+            "recv_next": (dist.irecv, tensor_recv_next, next_pipeline_rank, GRADIENT),
+            "send_next": (dist.isend, tensor_send_next, next_pipeline_rank, ACTIVATION),
+            "send_prev": (dist.isend, tensor_send_prev, prev_pipeline_rank, GRADIENT),
+        }
+        return {
+            name: start(tensor, peer, group=group, tag=tag)
+            for name, (start, tensor, peer, tag) in planned.items()
+            if tensor is not None
+        }
+
+    def exchange_shapes(
+        self: Any, to_next: torch.Tensor | None, to_previous: torch.Tensor | None, from_previous: bool, from_next: bool
+    ) -> tuple[list[int], list[int]]:
+        heard = torch.zeros(2, 3, dtype=torch.int64)
+        said = [None if tensor is None else torch.tensor(tensor.shape) for tensor in (to_previous, to_next)]
+        requests = exchange(
+            tensor_send_prev=said[0],
+            tensor_recv_prev=heard[0] if from_previous else None,
+            tensor_send_next=said[1],
+            tensor_recv_next=heard[1] if from_next else None,
+            group=self.pp_group,
+            prev_pipeline_rank=self.prev_rank,
+            next_pipeline_rank=self.next_rank,
+        )
+        for name, request in requests.items():
+            if name.startswith("recv"):
+                request.wait()
+        # sent shapes are kept until the next exchange, when the tensors after them have arrived
+        self.shapes_on_their_way = (said, requests)
+        return heard[0].tolist(), heard[1].tolist()
+
+    p2p_communication._p2p_ops = exchange
+    p2p_communication.P2PCommunicator._communicate_shapes = exchange_shapes
+
+
 PATCHES: Mapping[str, Callable[[], None]] = {
     "P1": _current_device,
     "P2": _synchronize,
@@ -207,5 +270,6 @@ PATCHES: Mapping[str, Callable[[], None]] = {
     "P7": _idle_streams,
     "P9": _split_sizes,
     "P10": _separate_adam_steps,
+    "P12": _tell_directions_apart,
 }
 """By their number in this module's table."""

@@ -1,5 +1,6 @@
 """Ranks as plain processes of this machine, without Ray: for tests, tools and the supervised warm-up."""
 
+import importlib
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ KINDS: tuple[Kind, ...] = ("died", "ours", "foreign", "done")
 """How a call can end, the likeliest cause of the others first."""
 Answer = tuple[Kind, Any]
 """A rank's answer to a call: a result, or the error that it became."""
+KIND = "megatron_fapo.policy.rank:PolicyRank"
+"""What answers in a rank's process."""
 GRACE = 2.0
 """Seconds in which further failures are awaited after one: a rank that dies takes its peers along."""
 
@@ -29,21 +32,12 @@ class LocalRanks:
     """
 
     def __init__(self, settings: PolicySettings, seed: int = 0) -> None:
-        # ranks are forked from a clean server that has loaded Megatron once and started nothing
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_fapo.policy.rank"])
-        os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
-        self._pipes: list[Connection] = []
-        self._processes: list[BaseProcess] = []
+        self._pipes, self._processes = spawn(settings.parallel.world, settings.threads)
         self._running = ""
+        self._meet(settings, seed)
+
+    def _meet(self, settings: PolicySettings, seed: int) -> None:
         world = settings.parallel.world
-        for rank in range(world):
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there,), name=f"policy-rank-{rank}", daemon=False)
-            process.start()
-            there.close()
-            self._pipes.append(here)
-            self._processes.append(process)
         try:
             host, port = self._one(0, "address")
             layouts = self.call_each("setup", [(rank, world, host, port, settings, seed) for rank in range(world)])
@@ -146,14 +140,31 @@ class LocalRanks:
         raise cast(Exception, worst)
 
 
-def serve(pipe: Connection) -> None:
+def spawn(ranks: int, threads: int = 1, kind: str = KIND) -> tuple[list[Connection], list[BaseProcess]]:
+    """So many processes that answer calls, each a `kind` ("module:class"), and the pipes to them."""
+    # they are forked from a clean server that has loaded Megatron once and started nothing
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_fapo.policy.rank"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    pipes: list[Connection] = []
+    processes: list[BaseProcess] = []
+    for rank in range(ranks):
+        here, there = context.Pipe()
+        process = context.Process(target=serve, args=(there, kind), name=f"policy-rank-{rank}", daemon=False)
+        process.start()
+        there.close()
+        pipes.append(here)
+        processes.append(process)
+    return pipes, processes
+
+
+def serve(pipe: Connection, kind: str = KIND) -> None:
     """The body of a rank's process: answer calls until the other end is gone.
 
     Consumes: (method, args). Waits for: the driver. Unblocked by: a call, or the end of the pipe.
     """
-    from megatron_fapo.policy.rank import PolicyRank  # loads torch and Megatron, here and not in the driver
-
-    rank = PolicyRank()
+    module, name = kind.split(":")
+    rank = getattr(importlib.import_module(module), name)()  # loads torch and Megatron, here and not in the driver
     while True:
         try:
             method, args = pipe.recv()

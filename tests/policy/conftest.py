@@ -11,6 +11,7 @@ import pytest
 from megatron_fapo.policy.local import LocalRanks
 from megatron_fapo.policy.settings import PolicySettings
 from tests.policy.lives import LAYOUTS, Life, live, policy_settings, save_tiny
+from tests.policy.matrix import Pool, Reference, reference
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +31,19 @@ def lives(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
         return lived[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Four processes that take on one layout after the other."""
+    with Pool(4) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def dense(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A dense model of four layers with grouped queries, and its life on one rank."""
+    return reference(pool, save_tiny("Qwen3", tmp_path_factory.mktemp("dense"), head_dim=16, num_hidden_layers=4))
 
 
 @pytest.fixture(scope="session")

@@ -64,9 +64,11 @@ def save_tiny(kind: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def policy_settings(model: Path, **parallel: int) -> PolicySettings:
+def policy_settings(model: Path, distributed: bool = True, **parallel: int) -> PolicySettings:
     # a large epsilon: with Adam's usual one, gradients near zero turn rounding into steps of full size
-    optimizer = OptimizerSettings(learning_rate=1e-2, warmup_steps=2, epsilon=1e-3, clip_grad=0.5)
+    optimizer = OptimizerSettings(
+        learning_rate=1e-2, warmup_steps=2, epsilon=1e-3, clip_grad=0.5, distributed=distributed
+    )
     return PolicySettings(model=model, optimizer=optimizer, parallel=ParallelSettings(**parallel), timeout=60)
 
 
@@ -151,7 +153,7 @@ def scores(ranks: LocalRanks, batch: StepBatch) -> dict[str, Floats]:
     layout = ranks.layout
     found = {}
     for dp in range(layout.dp):
-        column = answers[dp * layout.tp]  # ranks are numbered tensor first, then data, then pipeline
+        column = answers[dp * layout.tp * layout.cp]  # ranks are numbered tensor, context, data, pipeline
         for row, values in zip(grid, column, strict=True):
             found.update(split(row[dp], values))
     return found
