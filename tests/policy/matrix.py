@@ -12,7 +12,7 @@ import numpy as np
 from megatron_fapo.policy.local import LocalRanks, spawn
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.records import Floats, MicroBatch, StepBatch, StepReport, ints
-from tests.policy.lives import LOSS, VOCABULARY, export, policy_settings, scores, step_batch
+from tests.policy.lives import LOSS, VOCABULARY, export, policy_settings, save_tiny, scores, step_batch
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 UPDATES = 3
@@ -183,3 +183,43 @@ def with_other_tokens(batch: StepBatch, sample: str) -> StepBatch:
         for mini in batch.minibatches
     )
     return dataclasses.replace(batch, minibatches=minibatches)
+
+
+MOE: dict[str, dict[str, Any]] = {
+    "ep2": {"expert": 2, "data": 2},
+    "ep2 plain optimizer": {"expert": 2, "data": 2, "distributed": False},
+    "dp2": {"data": 2},
+    "cp2": {"context": 2},
+    "cp2 ep2": {"context": 2, "expert": 2},
+    "pp2": {"pipeline": 2},
+    "tp2 sp etp2": {"tensor": 2, "sequence": True, "expert_tensor": 2},
+    "tp2 sp etp2 ep2 dp2": {"tensor": 2, "sequence": True, "expert_tensor": 2, "expert": 2, "data": 2},
+    "etp2 dp2": {"expert_tensor": 2, "data": 2},
+    "tp2 sp ep2": {"tensor": 2, "sequence": True, "expert": 2},
+    "ep4": {"expert": 4, "data": 4},
+    "ep2 dp4": {"expert": 2, "data": 4},
+    "ep2 dp4 plain optimizer": {"expert": 2, "data": 4, "distributed": False},
+    "tp2 sp ep2 dp2": {"tensor": 2, "sequence": True, "expert": 2, "data": 2},
+    "tp2 sp ep4 dp2": {"tensor": 2, "sequence": True, "expert": 4, "data": 2},
+    "tp2 sp ep2 pp2": {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2},
+    "ep2 pp2": {"expert": 2, "data": 2, "pipeline": 2},
+    "ep2 pp2 vpp2": {"expert": 2, "data": 2, "pipeline": 2, "virtual_pipeline": 2},
+    "cp2 ep2 dp2": {"context": 2, "expert": 2, "data": 2},
+    "cp2 ep4 dp2": {"context": 2, "expert": 4, "data": 2},
+}
+"""Layouts of a mixture of experts, on 2 and on 4 ranks."""
+
+
+def save_moe(folder: Path) -> Path:
+    """A Qwen3-MoE of four layers with four experts each, two a token."""
+    return save_tiny(
+        "Qwen3Moe",
+        folder,
+        head_dim=16,
+        num_hidden_layers=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+    )
