@@ -15,6 +15,7 @@ from megatron_fapo.batch.settings import BatchSettings
 from megatron_fapo.errors import ConfigError
 from megatron_fapo.judge.settings import JudgeSettings
 from megatron_fapo.observe.settings import ObserveSettings
+from megatron_fapo.policy.layouts import check_layout
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.publish.settings import PublishSettings
 from megatron_fapo.records import Role
@@ -240,14 +241,7 @@ def check_surroundings(config: Config) -> None:
     Raises ConfigError.
     """
     model = _model_config("policy.model", config.policy.model)
-    for axis, names in {
-        "tensor": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
-        "pipeline": ("num_hidden_layers",),
-    }.items():
-        size = getattr(config.policy.parallel, axis)
-        for name in names:
-            if model.get(name, 0) % size:
-                raise ConfigError(f"policy.parallel.{axis} = {size} does not divide the model's {name} = {model[name]}")
+    check_layout(model, config.policy.parallel)
     if config.policy.fp8 is not None and find_spec("transformer_engine") is None:
         raise ConfigError(
             "policy.fp8 needs Transformer Engine, which is not installed (it needs CUDA): install "

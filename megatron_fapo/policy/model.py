@@ -25,6 +25,7 @@ from megatron_fapo.compat.bridge import make_bridge
 from megatron_fapo.errors import ConfigError, DataError
 from megatron_fapo.policy import pieces
 from megatron_fapo.policy.hf_folder import Weights
+from megatron_fapo.policy.layouts import check_backend, check_layout
 from megatron_fapo.policy.logprobs import Projection
 from megatron_fapo.policy.network import interface_towards
 from megatron_fapo.policy.precision import fp8_flags, token_multiple
@@ -102,6 +103,7 @@ def build(settings: PolicySettings, device: Device) -> Model:
     if not (settings.model / "config.json").is_file():
         raise DataError(f"{settings.model}: no Hugging Face model here, config.json is missing")
     hf_config = AutoConfig.from_pretrained(settings.model)
+    check_backend(settings.parallel, device.backend)
     bridge, chunks = assemble(hf_config, settings, device)
     pieces.load(bridge, chunks, Weights(settings.model))
     for chunk in chunks:
@@ -167,7 +169,7 @@ def assemble(hf_config: Any, settings: PolicySettings, device: Device, **flags: 
 
     Raises ConfigError for a config or layout that cannot be built.
     """
-    check_layout(hf_config, settings)
+    check_layout(hf_config.to_dict(), settings.parallel)
     bridge = make_bridge(
         hf_config,
         device,
@@ -184,17 +186,6 @@ def assemble(hf_config: Any, settings: PolicySettings, device: Device, **flags: 
         **flags,
     )
     return bridge, tuple(_chunk(bridge, stage) for stage in _virtual_stages(settings))
-
-
-def check_layout(hf_config: Any, settings: PolicySettings) -> None:
-    """Refuse a layout that does not divide the model, naming what it does not divide."""
-    tensor, pipeline = settings.parallel.tensor, settings.parallel.pipeline
-    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(hf_config, key) % tensor:
-            raise ConfigError(f"policy.parallel.tensor={tensor} does not divide {key}={getattr(hf_config, key)}")
-    if hf_config.num_hidden_layers % pipeline:
-        layers = hf_config.num_hidden_layers
-        raise ConfigError(f"policy.parallel.pipeline={pipeline} does not divide num_hidden_layers={layers}")
 
 
 def _virtual_stages(settings: PolicySettings) -> Sequence[int | None]:

@@ -36,7 +36,7 @@ class ParallelSettings(Settings):
     expert: Annotated[int, Field(ge=1)] = 1
     """Ranks that share the experts of a layer; taken from the tensor, context and data ranks. Divides the experts."""
     expert_tensor: Annotated[int, Field(ge=1)] = 1
-    """Ranks that share each matrix of an expert. Divides the experts' width."""
+    """Ranks that share each matrix of an expert: 1, or `tensor`. Divides the experts' width."""
     data: Annotated[int, Field(ge=1)] = 1
     """Copies of the model that consume different sequences."""
 

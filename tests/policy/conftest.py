@@ -11,7 +11,7 @@ import pytest
 from megatron_fapo.policy.local import LocalRanks
 from megatron_fapo.policy.settings import PolicySettings
 from tests.policy.lives import LAYOUTS, Life, live, policy_settings, save_tiny
-from tests.policy.matrix import Pool, Reference, reference
+from tests.policy.matrix import Pool, Reference, reference, save_moe
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +44,12 @@ def pool() -> Iterator[Pool]:
 def dense(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """A dense model of four layers with grouped queries, and its life on one rank."""
     return reference(pool, save_tiny("Qwen3", tmp_path_factory.mktemp("dense"), head_dim=16, num_hidden_layers=4))
+
+
+@pytest.fixture(scope="session")
+def sparse(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A mixture of experts, and its life on one rank."""
+    return reference(pool, save_moe(tmp_path_factory.mktemp("sparse")))
 
 
 @pytest.fixture(scope="session")

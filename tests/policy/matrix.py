@@ -193,8 +193,6 @@ MOE: dict[str, dict[str, Any]] = {
     "cp2 ep2": {"context": 2, "expert": 2},
     "pp2": {"pipeline": 2},
     "tp2 sp etp2": {"tensor": 2, "sequence": True, "expert_tensor": 2},
-    "tp2 sp etp2 ep2 dp2": {"tensor": 2, "sequence": True, "expert_tensor": 2, "expert": 2, "data": 2},
-    "etp2 dp2": {"expert_tensor": 2, "data": 2},
     "tp2 sp ep2": {"tensor": 2, "sequence": True, "expert": 2},
     "ep4": {"expert": 4, "data": 4},
     "ep2 dp4": {"expert": 2, "data": 4},

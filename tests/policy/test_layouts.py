@@ -17,7 +17,7 @@ from megatron_fapo.errors import PolicyError
 from megatron_fapo.policy.local import LocalRanks
 from megatron_fapo.weights import ALIGNMENT, digest
 from tests.policy.lives import LAYOUTS, LOSS, Life, make_groups, policy_settings, scores, step_batch
-from tests.policy.matrix import DENSE, Pool, Reference, compare, live, settings_of, with_other_tokens
+from tests.policy.matrix import DENSE, MOE, Pool, Reference, compare, live, settings_of, with_other_tokens
 
 every_layout = pytest.mark.parametrize("name", list(LAYOUTS))
 Lives = Callable[[str], Life]
@@ -64,6 +64,17 @@ def test_log_probs_equal_hugging_face(lives: Lives, qwen3: Path, name: str) -> N
 def test_a_dense_model_lives_the_same_life_in_the_core_layouts(pool: Pool, dense: Reference) -> None:
     for name in ("tp2 sp", "pp2 vpp2", "cp2", "dp2", "cp2 dp2", "tp2 sp pp2 vpp2"):
         compare(live(pool, settings_of(dense.model, DENSE[name])), dense.life, name)
+
+
+def test_a_mixture_of_experts_lives_the_same_life_in_the_core_layouts(pool: Pool, sparse: Reference) -> None:
+    for name in ("ep2", "tp2 sp ep2", "cp2 ep2", "ep2 pp2 vpp2"):
+        compare(live(pool, settings_of(sparse.model, MOE[name])), sparse.life, name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", list(MOE))
+def test_a_mixture_of_experts_lives_the_same_life_in_every_layout(pool: Pool, sparse: Reference, name: str) -> None:
+    compare(live(pool, settings_of(sparse.model, MOE[name])), sparse.life, name)
 
 
 @pytest.mark.long

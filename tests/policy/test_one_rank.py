@@ -14,7 +14,7 @@ from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.batch.pack import SupervisedExample, make_batch, make_supervised_batch
 from megatron_fapo.batch.settings import BatchSettings
-from megatron_fapo.errors import ConfigError, DataError, Diverged, PolicyError
+from megatron_fapo.errors import DataError, Diverged, PolicyError
 from megatron_fapo.policy.local import LocalRanks
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.policy.supervised import train_supervised
@@ -181,18 +181,6 @@ def test_a_rank_that_dies_is_named(process: Process, qwen3: Path) -> None:
     ranks._processes[0].kill()
     with pytest.raises(PolicyError, match=r"a rank died in update\(\) with exit code -9 \(rank 0\)"):
         ranks.call("update", one_microbatch(), LOSS)
-
-
-def test_a_layout_that_does_not_divide_the_model_is_refused(qwen3: Path) -> None:
-    from transformers import AutoConfig
-
-    from megatron_fapo.policy.model import check_layout
-
-    config = AutoConfig.from_pretrained(qwen3)
-    with pytest.raises(ConfigError, match="tensor=4 does not divide num_key_value_heads=2"):
-        check_layout(config, policy_settings(qwen3, tensor=4))
-    with pytest.raises(ConfigError, match="pipeline=3 does not divide num_hidden_layers=2"):
-        check_layout(config, policy_settings(qwen3, pipeline=3))
 
 
 def test_a_folder_that_does_not_hold_the_model_is_named(process: Process, qwen3: Path, tmp_path: Path) -> None:
