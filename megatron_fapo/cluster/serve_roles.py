@@ -108,7 +108,12 @@ def _reference(audit: AuditSettings, served: Served, judge: JudgeSettings, seed:
     if audit.reference == "oracle":
         return None
     settings = judge.changed(
-        votes=audit.votes, temperature=audit.temperature, cascade=None, probability="votes", vote_rule="majority"
+        votes=audit.votes,
+        temperature=audit.temperature,
+        cascade=None,
+        probability="votes",
+        vote_rule="majority",
+        errors=None,
     )
     if audit.endpoint is None or audit.model is None:
         return Asker(served, settings, SystemClock(), seed + 1)

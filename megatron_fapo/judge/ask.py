@@ -5,6 +5,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any, Literal
 
 from megatron_fapo.critique.boxed import OPENING
@@ -14,7 +15,7 @@ from megatron_fapo.critique.verdict import parse_verdict
 from megatron_fapo.errors import ConfigError, RequestRejected, ServerError
 from megatron_fapo.judge.answerer import Answerer, Question, Served
 from megatron_fapo.judge.places import Full, Places
-from megatron_fapo.judge.settings import JudgeSettings
+from megatron_fapo.judge.settings import ErrorSettings, JudgeSettings
 from megatron_fapo.records import Message, NotJudged, Prompt, Verdict
 from megatron_fapo.trace import Clock
 
@@ -62,6 +63,8 @@ class Asker:
         try:
             start = self._clock.now()
             result = await _within(self._clock, self._settings.deadline, self._verdict(case))
+            if self._settings.errors is not None and isinstance(result, Verdict):
+                result = self._spoilt(case, result, self._settings.errors)
             self._judged(start, self._clock.now())
         finally:
             self._places.leave()
@@ -137,6 +140,14 @@ class Asker:
         except ServerError:
             return verdict
         return replace(verdict, p_flawed=p, tokens=case.tokens + 1)
+
+    def _spoilt(self, case: "_Case", verdict: Verdict, errors: ErrorSettings) -> Verdict:
+        """The verdict turned round at the rates of an experiment; the same solution always fares the same."""
+        rng = Random(f"errors/{self._seed}/{case.prompt.id}/{case.solution}")
+        if rng.random() >= (errors.missed if verdict.flawed else errors.invented):
+            return verdict
+        wrong = -1 if verdict.flawed else rng.randrange(case.paragraphs)
+        return replace(verdict, first_wrong=wrong, p_flawed=1.0 - verdict.p_flawed)
 
     def _seed_of(self, case: "_Case", attempt: int, vote: int) -> int:
         words = f"{self._seed}/{case.prompt.id}/{attempt}/{vote}/{case.solution}".encode()

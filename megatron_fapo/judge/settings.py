@@ -41,6 +41,15 @@ class RatesSettings(Settings):
         return self
 
 
+class ErrorSettings(Settings):
+    """Errors made on purpose, for experiments on what a bad judge does to a run."""
+
+    missed: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the flags that become "clean"."""
+    invented: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the clean verdicts that become a flag, on a paragraph drawn at random."""
+
+
 class AuditSettings(Settings):
     """The judge compared with a reference on a share of the policy's present rollouts."""
 
@@ -91,6 +100,8 @@ class JudgeSettings(Settings):
     (one more prefill)."""
     cascade: CascadeSettings | None = None
     """Score solutions by a prefill first, and ask for long verdicts only where that is not clear; off when null."""
+    errors: ErrorSettings | None = None
+    """Turn verdicts round at these rates; null leaves them as they are."""
     audit: AuditSettings | None = None
     """Measure the judge's error rates during training; off when null."""
     rates: RatesSettings | None = None

@@ -367,3 +367,17 @@ def test_places_are_never_lost_and_the_most_urgent_goes_first(visitors, limit):
     assert run_virtual(work()) == limit
     waited = [urgency for _, urgency in entered[limit:]]
     assert waited == sorted(waited)
+
+
+def test_errors_on_purpose_come_at_their_rates_and_are_the_same_for_the_same_solution():
+    server = ModelledServer(lambda request, index: (SECOND_IS_WRONG if "bad" in _solution(request) else CLEAN, 1.0))
+    settings = JudgeSettings(probe_share=0.0, errors={"missed": 0.3, "invented": 0.1})
+    solutions = [f"{kind} {number}\n\nb" for number in range(400) for kind in ("bad", "good")]
+    first, _ = judge_group(solutions, server=server, settings=settings, gap=0.0)
+    missed = sum(not verdict.flawed for verdict in first[0::2]) / 400
+    false = sum(verdict.flawed for verdict in first[1::2]) / 400
+    assert missed == pytest.approx(0.3, abs=0.07)
+    assert false == pytest.approx(0.1, abs=0.05)
+    assert {verdict.p_flawed for verdict in first if not verdict.flawed} == {0.0}
+    again, _ = judge_group(solutions[::-1], server=server, settings=settings, gap=0.0)
+    assert [v.first_wrong for v in again[::-1]] == [v.first_wrong for v in first]
