@@ -2,16 +2,21 @@
 # The first interpreter that runs and fits; a name on the PATH may be a shim of something that is not installed.
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
+# The newer megatron-core needs Python 3.12: found in the same way, also where pyenv has it without showing it.
+NEXT_FITS := import sys; sys.exit(sys.version_info[:2] != (3, 12))
+PYENVS = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12.*/bin/python3.12)
+PYTHON_NEXT ?= $(shell for p in python3 python3.12 $(PYENVS); do $$p -c '$(NEXT_FITS)' 2>/dev/null && echo $$p && break; done)
+NEXT := .venvs/mcore-next
 VENV := .venv
 BIN := $(VENV)/bin
 SGLANG := .venvs/sglang
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart results test test-all sglang-cpu test-gpu check lint format types layers docs warm-start clean
+.PHONY: help install quickstart results test test-all sglang-cpu test-gpu test-mcore-next check lint format types layers docs warm-start clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  %-16s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## make the virtual environment
 
@@ -48,6 +53,16 @@ $(SGLANG)/.installed: tests/support/sglang/requirements.txt | $(VENV)/.installed
 test-gpu: install ## tests that need a CUDA device
 	$(PYTEST) -m gpu
 
+test-mcore-next: $(NEXT)/.installed ## tests of the policy on Python 3.12 with the newer megatron-core
+	OMP_NUM_THREADS=1 $(NEXT)/bin/pytest -m "not gpu" tests/policy tests/compat
+
+$(NEXT)/.installed: pyproject.toml setup.py
+	@test -n "$(PYTHON_NEXT)" || { echo "Python 3.12 is needed and was not found: make PYTHON_NEXT=/path/to/python3.12"; exit 1; }
+	$(PYTHON_NEXT) -m venv $(NEXT)
+	$(NEXT)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(NEXT)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
 check: lint types layers ## what needs no test run
 
 lint: install ## ruff: style, sizes, banned imports
@@ -71,4 +86,4 @@ warm-start: install ## train the demo's policy and judge again from configs/cloc
 	$(BIN)/python tools/warm_start.py
 
 clean: ## remove the environment and all runs
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(NEXT) runs build *.egg-info

@@ -5,23 +5,26 @@
   a missing psutil) leaves the rank waiting for ever. 0.18.2 writes in threads itself.
 - P13: the queue of write results is a plain one. 0.16.1 and 0.18.2 spawn a manager process for a queue that never
   leaves this process.
-- P14: optimizer state is read from the right place of its buffer. In 0.16.1 and 0.18.2 `fully_reshardable` joins a
+- P14: optimizer state is gathered with the padding of its buffer. In 0.16.1 and 0.18.2 `fully_reshardable` joins a
   buffer's buckets without the padding between them, but looks parameters up by offsets that include it: with several
   buckets (embeddings tied across pipeline stages have one of their own) all states behind a padding are saved shifted,
   master weights too, and a resumed run trains on garbage. Upstream warns of "data corruption" ("issue #504") only
-  where the shift runs over the end.
+  where the shift runs over the end. What is written here also copies each state once rather than four times, which is
+  most of what a training loop waits for a checkpoint.
 
 On CPU and CUDA alike. `tests/compat/test_checkpoint_files.py` fails once upstream needs neither.
 """
 
 import queue
-from collections.abc import Callable
-from functools import partial, wraps
-from itertools import accumulate
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import save
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -39,7 +42,7 @@ from megatron_fapo.compat.versions import MEGATRON
 
 def install() -> None:
     """Install P11 to P14."""
-    _states_from_the_right_place()
+    DistributedOptimizer.get_parameter_state_dp_zero = _gather_states
     results: queue.Queue[Any] = queue.Queue()
     writer = filesystem_async.FileSystemWriterAsync
     if MEGATRON.forks_checkpoint_writers:
@@ -49,35 +52,43 @@ def install() -> None:
         filesystem_async.get_write_results_queue = lambda mp_mode="spawn": results
 
 
-def _states_from_the_right_place() -> None:
-    """P14: while states are cut out of the joined buckets, parameters are looked up by offsets without padding."""
-    upstream = DistributedOptimizer.sharded_param_state_fully_reshardable
-    if hasattr(upstream, "__wrapped__"):
-        return
-
-    @wraps(upstream)
-    def sharded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kept = [buffer.param_index_map for buffer in self.buffers]
-        try:
-            for buffer in self.buffers:
-                buffer.param_index_map = offsets_without_padding(buffer)
-            return upstream(self, *args, **kwargs)
-        finally:
-            for buffer, offsets in zip(self.buffers, kept, strict=True):
-                buffer.param_index_map = offsets
-
-    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded
+STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
-def offsets_without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
-    """{parameter: (start, end, bucket)} in the buffer's buckets joined without the padding at their ends."""
-    lengths = [bucket.numel_unpadded for bucket in buffer.buckets]
-    joined = [0, *accumulate(lengths)]
-    moved = [joined[number] - start for number, (start, _) in enumerate(buffer.bucket_indices)]
-    return {
-        param: (start + moved[bucket], end + moved[bucket], bucket)
-        for param, (start, end, bucket) in buffer.param_index_map.items()
-    }
+def _gather_states(
+    self: Any, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+) -> dict[Any, Any]:
+    """P14: {buffer: {dtype: {state: [buffer.numel] on the CPU}}} on all ranks of the buffers; padding is undefined."""
+    gathered: dict[Any, Any] = {"buckets_coalesced": True}
+    group = self.data_parallel_group
+    for number, (buffer, by_dtype) in enumerate(zip(self.buffers, self.gbuf_ranges, strict=True)):
+        ((dtype, ranges),) = by_dtype.items()
+        make = torch.zeros if empty_data else torch.empty  # a loaded tensor may be smaller than its place
+        states = {key: make(buffer.numel, dtype=torch.float32, device="cpu") for key in STATES}
+        gathered[number] = {dtype: {**states, "numel_unpadded": buffer.numel_unpadded}}
+        for bucket, in_bucket in zip(buffer.buckets, ranges, strict=True):
+            if empty_data:
+                continue
+            numel = bucket.grad_data.numel()
+            whole = {key: states[key][bucket.offset : bucket.offset + numel] for key in STATES}
+            own = {key: shards.chunk(group.size())[group.rank()] for key, shards in whole.items()}
+            for param, places in in_bucket["param_map"].items():
+                held, place = self._get_main_param_and_optimizer_states(param), places["gbuf_local"]
+                for key in STATES:
+                    own[key][place.start : place.end].copy_(held[key].detach())
+            if group.size() > 1:
+                for key in STATES:
+                    _all_gather(whole[key], own[key], group)
+    return gathered
+
+
+def _all_gather(whole: torch.Tensor, own: torch.Tensor, group: Any) -> None:
+    """Fill the other ranks' parts of `whole`, by way of the device that the group's backend knows."""
+    device = torch.cuda.current_device()
+    parts = [torch.empty_like(part, device=device) for part in whole.chunk(group.size())]
+    dist.all_gather(parts, own.to(device), group=group)
+    for target, part in zip(whole.chunk(group.size()), parts, strict=True):
+        target.copy_(part)
 
 
 def _write_here(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results_queue: Any) -> None:
@@ -101,7 +112,7 @@ def _write_here(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], r
 class SaveRequest:
     """A rank's part of a save: its tensors copied, to be written by `write` and settled by `finalize`."""
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, state: ShardedStateDict) -> None:
         self._write = request.async_fn
         self._finalize = list(request.finalize_fns)
         self._arguments = list(request.async_fn_args)
@@ -110,7 +121,8 @@ class SaveRequest:
             return
         buckets = self._arguments[1]
         # the writer holds the same list: changed in place, so that nothing holds on to the originals
-        buckets[:] = [_copied(bucket) for bucket in request.preload_fn()]
+        held = {tensor.untyped_storage().data_ptr() for tensor in _tensors(state)}
+        buckets[:] = [_copied(bucket, held) for bucket in request.preload_fn()]
         self.files = [Path(file) for file, _, _ in buckets]
 
     def write(self) -> None:
@@ -127,10 +139,20 @@ class SaveRequest:
             function()
 
 
-def _copied(bucket: Any) -> Any:
-    """A bucket whose tensors are its own: on a CPU "moved to the host" means the very memory that is trained."""
+def _copied(bucket: Any, held: Collection[int]) -> Any:
+    """A bucket without the very memory that is trained: on a CPU "moved to the host" means just that.
+
+    Upstream has copied what is a part of a buffer; `held` are the storages of the state, of which the rest is.
+    """
     file, key, (objects, tensors) = bucket
-    return file, key, (objects, [(item, tensor.clone()) for item, tensor in tensors])
+    own = [(item, t.clone() if t.untyped_storage().data_ptr() in held else t) for item, t in tensors]
+    return file, key, (objects, own)
+
+
+def _tensors(state: ShardedStateDict) -> Iterator[torch.Tensor]:
+    for found in nested_values(state):
+        if (isinstance(found, ShardedTensor) and found.data is not None) or isinstance(found, ShardedTensorFactory):
+            yield found.data
 
 
 def save_strategy(group: Any) -> Any:
@@ -147,4 +169,6 @@ def load_strategy(group: Any) -> Any:
 def begin_save(state: ShardedStateDict, folder: Path, strategy: Any) -> SaveRequest:
     """Plan a save and copy this rank's share of it. Collective. `folder` is empty."""
     begin: Callable[..., Any] = partial(save, **MEGATRON.save_flags)
-    return SaveRequest(begin(state, str(folder), sharded_strategy=strategy, async_sharded_save=True))
+    # the writer takes tensors out of the state that it is given
+    held = dict(state)
+    return SaveRequest(begin(state, str(folder), sharded_strategy=strategy, async_sharded_save=True), held)

@@ -2,7 +2,6 @@
 
 import inspect
 import queue
-from types import SimpleNamespace
 
 import pytest
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -34,17 +33,6 @@ def test_without_p14_states_behind_a_padding_are_shifted() -> None:
     source = inspect.getsource(DistributedOptimizer.sharded_param_state_fully_reshardable)
     assert "world_tensors[state_key][param_world_start:param_world_end]" in source
     assert "see issue #504" in source
-
-
-def test_offsets_without_padding_are_those_in_the_joined_buckets() -> None:
-    spaces = [(0, 128, 100), (128, 256, 65), (256, 384, 128)]
-    buffer = SimpleNamespace(
-        buckets=[SimpleNamespace(numel_unpadded=numel) for _, _, numel in spaces],
-        bucket_indices=[(start, end) for start, end, _ in spaces],
-        param_index_map={"a": (0, 32, 0), "b": (64, 100, 0), "c": (128, 193, 1), "d": (256, 384, 2)},
-    )
-    offsets = checkpoint_files.offsets_without_padding(buffer)
-    assert offsets == {"a": (0, 32, 0), "b": (64, 100, 0), "c": (100, 165, 1), "d": (165, 293, 2)}
 
 
 def test_with_the_patches_results_travel_by_a_plain_queue(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,13 +83,50 @@ def test_saved_in_one_layout_and_resumed_in_another(
         assert update.learning_rate == reference.learning_rate
 
 
-def test_an_update_during_the_save_is_not_in_it(qwen3: Path, tmp_path: Path) -> None:
-    with LocalRanks(policy_settings(qwen3), seed=5) as ranks:
+ON_A_SLOW_DISK = """
+import sys, threading
+from pathlib import Path
+from megatron_fapo.compat.checkpoint_files import SaveRequest
+from megatron_fapo.policy.rank import PolicyRank
+from megatron_fapo.policy.settings import PolicySettings
+from tests.policy.lives import LOSS, step_batch
+
+disk_is_free, write = threading.Event(), SaveRequest.write
+
+def write_late(request):
+    disk_is_free.wait()
+    write(request)
+
+SaveRequest.write = write_late
+folder = Path(sys.argv[1])
+rank = PolicyRank()
+layout = rank.setup(0, 1, *rank.address(), PolicySettings.model_validate_json(sys.stdin.read()), 5)
+rank.update(step_batch(0, layout), LOSS)
+rank.begin_save(str(folder / "meanwhile"))
+rank.update(step_batch(1, layout), LOSS)
+assert not rank.save_written()
+disk_is_free.set()
+rank.end_save()
+"""
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed optimizer", "plain optimizer"])
+def test_an_update_during_the_save_is_not_in_it(qwen3: Path, tmp_path: Path, distributed: bool) -> None:
+    settings = policy_settings(qwen3)
+    settings = settings.changed(optimizer=settings.optimizer.changed(distributed=distributed))
+    with LocalRanks(settings, seed=5) as ranks:
         updates(ranks, (0,))
         ranks.call("save", str(tmp_path / "in peace"))
-        ranks.call("begin_save", str(tmp_path / "meanwhile"))
-        updates(ranks, (1,))
-        ranks.call("end_save")
+    run = subprocess.run(
+        [sys.executable, "-c", ON_A_SLOW_DISK, str(tmp_path)],
+        input=settings.model_dump_json(),
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
     peace, meanwhile = checkpoint.check(tmp_path / "in peace"), checkpoint.check(tmp_path / "meanwhile")
     weights = [name for name in peace.files if name.endswith(".distcp")]
     assert len(weights) == 1
