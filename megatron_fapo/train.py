@@ -28,12 +28,13 @@ async def train(config: Config, cluster: Cluster, state: RunState, sinks: Sinks)
     while state.step < config.train.steps and not cluster.stop.is_set():
         spans = Spans(SystemClock())
         weights = await publish_and_evaluate(config, cluster, state.step, sinks, spans)
+        rates = cluster.sampler.judge.rates
         with sinks.phase("generate", spans):
             groups = await cluster.until_stopped(cluster.sampler.collect(state.step, state.cursor))
         if groups is None:
             break
         trained = cluster.sampler.trainable(groups)
-        limit, rates = config.rollout.max_new_tokens, cluster.sampler.judge.rates
+        limit = config.rollout.max_new_tokens
         given = [rewards(group, algorithm, max_tokens=limit, rates=rates) for group in trained]
         advantages = step_advantages(trained, given, algorithm, max_tokens=limit, rates=rates)
         with sinks.phase("update", spans):

@@ -46,8 +46,11 @@ class Rules:
         known = self.judge.rates
         return PERFECT if known is None else Rates(tpr=known.tpr, fpr=known.fpr)
 
-    def matters(self, step: int, distinct_right: int, landed: Sequence[tuple[Rollout, Outcome]]) -> bool:
-        """Whether a verdict can change an advantage in a group of this step with so many right solutions so far."""
+    def matters(self, step: int, distinct_right: int, landed: Sequence[tuple[Rollout, Outcome]], rates: Rates) -> bool:
+        """Whether a verdict can change an advantage in a group of this step with so many right solutions so far.
+
+        `rates` are those that the step's rewards will be corrected by.
+        """
         reward = self.algorithm.reward
         lengths = [len(rollout.token_ids) for rollout, _ in landed]
         graded = any(outcome.score != (1.0 if outcome.right else -1.0) for _, outcome in landed)
@@ -56,7 +59,7 @@ class Rules:
             group_size=self.group_size,
             penalty=flaw_penalty(step, reward),
             algorithm=self.algorithm,
-            rates=self.rates,
+            rates=rates,
             uneven=graded or shaped(lengths, self.max_tokens, reward.overlong),
         )
 
@@ -70,6 +73,7 @@ class GroupJudge:
     step: int
     prompt: Prompt
     end: "StepEnd"
+    rates: Rates
     _landed: list[tuple[Rollout, Outcome]] = field(default_factory=list)
     _asked: dict[str, VerdictTask] = field(default_factory=dict)
     """By the solution's text: identical solutions share their verdict."""
@@ -101,7 +105,7 @@ class GroupJudge:
         for rollout, outcome in self._landed:
             if outcome.right:
                 right.setdefault(rollout.text, rollout)
-        if self.rules.matters(self.step, len(right), self._landed):
+        if self.rules.matters(self.step, len(right), self._landed, self.rates):
             for text, rollout in right.items():
                 if text not in self._asked:
                     self._asked[text] = self._ask(rollout)
@@ -212,11 +216,14 @@ class Judge:
 
     def open(self, step: int, prompt: Prompt, end: "StepEnd") -> GroupJudge | NoJudge:
         """A judge for one group."""
-        return NoJudge() if self._asker is None else GroupJudge(self._asker, self._rules, step, prompt, end)
+        if self._asker is None:
+            return NoJudge()
+        return GroupJudge(self._asker, self._rules, step, prompt, end, self.rates)
 
     @property
     def rates(self) -> Rates:
-        """The judge's error rates as measured, or else as the settings know them."""
+        """The judge's error rates as measured, or else as the settings know them. A step's rewards take those from
+        before it, which are also those by which its verdicts were left out."""
         measured = self.audit.rates if self.audit is not None else None
         return measured or self._rules.rates
 

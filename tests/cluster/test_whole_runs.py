@@ -119,6 +119,46 @@ def test_a_killed_and_resumed_run_gives_the_same_metrics(whole, tmp_path, killed
     assert not segments(run)
 
 
+METHODS = {
+    "a corrected bad judge": [
+        "judge.errors={missed: 0.3, invented: 0.1}",
+        "judge.audit={reference: oracle, share: 1.0, enough: 2, window: 2}",
+        "algorithm.reward.correct_rates=true",
+        "algorithm.advantage.all_right=shrunk",
+    ],
+    "another loss, tokens and estimator": [
+        "algorithm.loss={objective: {name: gspo}, aggregation: sequence_mean, kl: {coefficient: 0.01}, "
+        "entropy_bonus: 0.001, importance: {level: sequence}, mask_truncated: true}",
+        "algorithm.advantage={estimator: rloo, flaw: first_wrong_step}",
+        "policy.reference=true",
+        "policy.rescore=always",
+        "rollout.dynamic_sampling=1",
+    ],
+    "right only, short verdicts": [
+        "algorithm.advantage={estimator: reinforce_pp_baseline, flaw: right_only}",
+        "algorithm.loss={objective: {name: cispo}, aggregation: constant, constant_length: 64}",
+        "algorithm.reward.penalty=soft",
+        "judge.probability=token",
+        "judge.cascade={clean_below: 0.01}",
+        "judge.step_deadline=120",
+    ],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_another_method_trains_and_resumes_as_if_never_stopped(tmp_path, method):
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    finish(start(undisturbed, *METHODS[method]))
+    process = start(run, *METHODS[method])
+    wait_for_steps(run, 3, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(start(run, *METHODS[method], "--resume"))
+    assert timeless(run) == timeless(undisturbed)
+    assert all(line["train/grad_norm_max"] > 0 for line in lines(run)[:-1])
+
+
 @pytest.mark.long
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(whole, tmp_path):
     run = tmp_path / "killed"

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_fapo.algorithm.rewards import PERFECT, Rates
 from megatron_fapo.algorithm.settings import AlgorithmSettings, OverlongSettings, RewardSettings
 from megatron_fapo.errors import JudgeError, RequestRejected, ServerUnreachable
 from megatron_fapo.judge.answerer import Served
@@ -104,7 +105,7 @@ def test_probes_are_for_the_metrics_alone():
 def test_the_share_of_probes_is_the_configured_one(share):
     from megatron_fapo.judge.judge import GroupJudge
 
-    judge = GroupJudge(None, rules(JudgeSettings(probe_share=share)), 0, PROMPT, StepEnd(LoopClock(), None, 1))
+    judge = GroupJudge(None, rules(JudgeSettings(probe_share=share)), 0, PROMPT, StepEnd(LoopClock(), None, 1), PERFECT)
     drawn = sum(judge._drawn(make_rollout(f"s0-p{i}-r0", "p")) for i in range(500))
     assert abs(drawn / 500 - share) < 0.1
 
@@ -213,8 +214,8 @@ def test_a_graded_task_is_judged_where_a_skip_would_lose_something():
     right = (make_rollout("r0", "p0", "one"), _outcome(True))
     wrong = (make_rollout("r1", "p0", "two"), _outcome(False))
     graded = (make_rollout("r2", "p0", "three"), Outcome(right=False, score=0.75, answer="", why=""))
-    assert not rules(JudgeSettings()).matters(0, 1, [right, wrong])
-    assert rules(JudgeSettings()).matters(0, 1, [right, wrong, graded])
+    assert not rules(JudgeSettings()).matters(0, 1, [right, wrong], PERFECT)
+    assert rules(JudgeSettings()).matters(0, 1, [right, wrong, graded], PERFECT)
 
 
 def test_without_a_judge_right_rollouts_are_not_judged():
@@ -381,3 +382,12 @@ def test_errors_on_purpose_come_at_their_rates_and_are_the_same_for_the_same_sol
     assert {verdict.p_flawed for verdict in first if not verdict.flawed} == {0.0}
     again, _ = judge_group(solutions[::-1], server=server, settings=settings, gap=0.0)
     assert [v.first_wrong for v in again[::-1]] == [v.first_wrong for v in first]
+
+
+def test_a_correction_by_measured_rates_that_makes_the_skip_lossy_switches_it_off():
+    """λ = 1 over J = 0.45 takes more than 2 from a flagged answer, which may then be worse than a wrong one."""
+    algorithm = AlgorithmSettings(reward=RewardSettings(correct_rates=True))
+    landed = [(make_rollout("r0", "p0", "one"), _outcome(True)), (make_rollout("r1", "p0", "x"), _outcome(False))]
+    judging = rules(JudgeSettings(), algorithm)
+    assert not judging.matters(0, 1, landed, Rates(tpr=0.9, fpr=0.05))
+    assert judging.matters(0, 1, landed, Rates(tpr=0.5, fpr=0.05))

@@ -33,6 +33,8 @@ PANELS = (
     Panel(metric="eval/right_share", title="Held out: right answers"),
     Panel(metric="reward/mean", title="Reward"),
     Panel(metric="group/three_class_share_oracle", title="Three-class groups, by the oracle"),
+    Panel(metric="flawed/advantage", title="Advantage of flagged right answers"),
+    Panel(metric="audit/j", title="The judge's TPR - FPR, by its audit"),
     Panel(metric="judge/f1", title="F1 of the judge's “flawed”"),
     Panel(metric="rollout/length_mean", title="Response length"),
     Panel(metric="train/grad_norm_mean", title="Gradient norm"),
