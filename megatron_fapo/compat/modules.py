@@ -73,8 +73,23 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
         self.scale = softmax_scale
         self.ranks: Any = parallel_state.get_context_parallel_group()
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]; s is this rank's share."""
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *_: Any,
+        packed_seq_params: Any = None,
+        **__: Any,
+    ) -> torch.Tensor:
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]; s is this rank's share.
+
+        Sequences that are packed, [t, heads, d] and [t, groups, d], attend each to itself -> [t, heads * d].
+        """
+        if packed_seq_params is not None:
+            sizes = packed_seq_params.cu_seqlens_q.diff().tolist()
+            parts = (torch.split(tensor.unsqueeze(1), sizes) for tensor in (query, key, value))
+            return torch.cat([self._attend(*part) for part in zip(*parts, strict=True)]).flatten(1)
         s, b, heads, d = query.shape
         if self.ranks.size() == 1:
             out = self._attend(query, key, value)

@@ -1,5 +1,6 @@
 """From a packed microbatch to log-probs per token: padding, the model's call, and the way back."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_fapo.batch.layout import Layout
@@ -20,7 +22,7 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """A microbatch as tensors: one row a sequence, padded at the end to the longest.
+    """A microbatch as tensors: one row a sequence, padded at the end to the longest, or all sequences in one row.
 
     Under context parallelism this rank's two chunks of each row, and the chosen tokens whose inputs lie in them.
     """
@@ -38,7 +40,7 @@ class Padded:
     behaviour: torch.Tensor
     """[N] log-probs under the behaviour policy."""
     sequences: torch.Tensor
-    """[N] the row that each chosen token stands in."""
+    """[N] the sequence that each chosen token stands in."""
     lengths: torch.Tensor
     """[b] loss tokens of each whole sequence, over all context-parallel ranks."""
     reference: torch.Tensor | None
@@ -50,6 +52,24 @@ class Padded:
     temperature: float
     real_tokens: int
     """Inputs before padding: one less than tokens for each sequence; of them, those of this context-parallel rank."""
+    bounds: torch.Tensor | None
+    """[n + 1] where the sequences of a packed row begin and end, over all context-parallel ranks; None for rows."""
+
+    def packing(self) -> PackedSeqParams | None:
+        """The same as Megatron's attention takes it.  Padding at the end of a sequence is part of it: nothing before
+        sees it."""
+        if self.bounds is None:
+            return None
+        longest = int(self.bounds.diff().max())
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=self.bounds,
+            cu_seqlens_kv=self.bounds,
+            cu_seqlens_q_padded=self.bounds,
+            cu_seqlens_kv_padded=self.bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,40 +95,69 @@ def columns_of(width: int, ranks: int, rank: int) -> Indices:
 def pad(
     batch: MicroBatch, device: torch.device, every_token: bool = False, layout: Layout = ALONE, rank: int = 0
 ) -> Padded:
-    """Lay a packed microbatch out in rows, and take the part of context-parallel `rank`.
+    """Lay a packed microbatch out as the layout says, and take the part of context-parallel `rank`.
 
     `every_token` chooses all tokens that have a predecessor, instead of those with loss mask 1.
     """
     lengths = np.diff(batch.bounds)
-    width = max(int(lengths.max()) - 1, 1)
-    width += -width % layout.width_multiple(len(lengths))
     starts = batch.bounds[:-1].astype(np.int64)
-    column = columns_of(width, layout.cp, rank)
-    index = np.minimum(starts[:, None] + column, len(batch.token_ids) - 1)
-    inside = column < (lengths - 1)[:, None]
-    tokens = np.where(column < lengths[:, None], batch.token_ids[index], 0)
+    row, column, shape, bounds = (_end_to_end if layout.packed else _in_rows)(lengths, layout, rank)
+    lengths_of, starts_of = (np.append(values, 0)[row] for values in (lengths, starts))  # the last: nobody's padding
+    index = np.minimum(starts_of + column, len(batch.token_ids) - 1)
+    inside = column < lengths_of - 1
+    tokens = np.where(column < lengths_of, batch.token_ids[index], 0).reshape(shape)
     following = np.minimum(index + 1, len(batch.token_ids) - 1)
     chosen = np.flatnonzero(inside if every_token else inside & (batch.loss_mask[following] > 0))
-    places = following.reshape(-1)[chosen]
+    places = following[chosen]
 
     def tensor(values: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(np.ascontiguousarray(values), dtype=dtype).to(device)
 
     return Padded(
         tokens=tensor(tokens, torch.long),
-        positions=tensor(np.broadcast_to(column, tokens.shape), torch.long),
+        positions=tensor(column.reshape(shape), torch.long),
         chosen=tensor(chosen, torch.long),
         targets=tensor(batch.token_ids[places], torch.long),
         advantages=tensor(batch.advantages[places], torch.float32),
         behaviour=tensor(batch.logprobs[places], torch.float32),
-        sequences=tensor(chosen // tokens.shape[1], torch.long),
+        sequences=tensor(row[chosen], torch.long),
         lengths=tensor(np.add.reduceat(batch.loss_mask, starts), torch.long),
         reference=None,
         sampled=None,
         places=places,
         temperature=batch.temperature,
         real_tokens=int(inside.sum()),
+        bounds=None if bounds is None else tensor(bounds, torch.int32),
     )
+
+
+Places = tuple[Indices, Indices, tuple[int, int], Indices | None]
+"""Of each position of this rank: its sequence and its column there; the shape of all; bounds where they are packed."""
+
+
+def _in_rows(lengths: Indices, layout: Layout, rank: int) -> Places:
+    """A row for each sequence, all as wide as the longest needs."""
+    width = max(int(lengths.max()) - 1, 1)
+    width += -width % layout.width_multiple(len(lengths))
+    column = columns_of(width, layout.cp, rank)
+    row = np.arange(len(lengths)).repeat(len(column))
+    return row, np.tile(column, len(lengths)), (len(lengths), len(column)), None
+
+
+def _end_to_end(lengths: Indices, layout: Layout, rank: int) -> Places:
+    """One row, each sequence padded to what context and sequence parallelism cut, and then what the total lacks.
+
+    That last padding is a sequence of its own, without loss: as part of a real one it would change its gradients
+    under FP8 (Transformer Engine, issue 2892).
+    """
+    widths = np.maximum(lengths - 1, 1)
+    widths += -widths % layout.length_multiple
+    lacking = -int(widths.sum()) % math.lcm(layout.length_multiple, layout.total_multiple)
+    if lacking:
+        widths = np.append(widths, lacking)
+    columns = [columns_of(int(width), layout.cp, rank) for width in widths]
+    row = np.arange(len(widths)).repeat([len(column) for column in columns])
+    return row, np.concatenate(columns), (1, len(row)), np.append(0, np.cumsum(widths))
 
 
 def unpad(values: torch.Tensor, padded: Padded, tokens: int) -> Floats:

@@ -79,7 +79,18 @@ def connect(rank: int, address: str, port: int, settings: PolicySettings, device
         cp=parallel.context,
         dp=parallel.data,
         total_multiple=token_multiple(settings),
+        packed=_packed(settings, device),
     )
+
+
+def _packed(settings: PolicySettings, device: Device) -> bool:
+    fused = device.spec == "transformer_engine"
+    if settings.sequences == "packed" and not fused and settings.parallel.context > 1:
+        raise ConfigError(
+            "policy.sequences = packed with policy.parallel.context above 1 needs Transformer Engine, whose attention "
+            "knows where a rank's parts of packed sequences lie; set policy.sequences = rows"
+        )
+    return fused if settings.sequences == "auto" else settings.sequences == "packed"
 
 
 def make_groups(parallel: ParallelSettings) -> None:

@@ -90,7 +90,8 @@ def _schedule(
     def step(batches: Iterator[Padded], part: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         padded = next(batches)
         with hidden_states(unwrap_model(part)):
-            return part(padded.tokens, padded.positions, None), partial(loss, padded)
+            output = part(padded.tokens, padded.positions, None, packed_seq_params=padded.packing())
+        return output, partial(loss, padded)
 
     rows, width = microbatches[0].tokens.shape
     found: list[torch.Tensor] = get_forward_backward_func()(

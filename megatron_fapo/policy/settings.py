@@ -137,6 +137,9 @@ class PolicySettings(Settings):
     sampled, `when_stale` rescores a step in which a rollout has tokens of older weights, `always` every step."""
     reference: bool = False
     """Keep the starting weights in host memory as the reference policy of a KL penalty (`algorithm.loss.kl`)."""
+    sequences: Literal["auto", "rows", "packed"] = "auto"
+    """How a microbatch is laid out: a row for each sequence, padded at its end, or all of them end to end in one row,
+    whose bounds attention knows. `auto` packs where Transformer Engine computes attention."""
     recompute: Recompute = "none"
     """Activations that the backward pass computes again: `none`, those of `recompute_modules`, or whole layers
     (`full`). The gradients are the same; full costs about a third more time and leaves one tensor a layer."""
