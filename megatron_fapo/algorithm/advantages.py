@@ -102,12 +102,12 @@ def grpo(rewards: Floats, epsilon: float) -> Line:
 
 
 def dr_grpo(rewards: Floats) -> Line:
-    """Â = r - mean (Dr.GRPO, arXiv:2503.20783, §3.2)."""
+    """Â = r - mean (Dr.GRPO, arXiv:2503.20783)."""
     return Line(_mean(rewards), 1.0)
 
 
 def rloo(rewards: Floats) -> Line:
-    """Â = r - mean of the group's others = n/(n - 1) · (r - mean) (RLOO, arXiv:2402.14740, Eq. 8)."""
+    """Â = r - mean of the group's others = n/(n - 1) · (r - mean) (RLOO, arXiv:2402.14740)."""
     values = rewards.astype(np.float64)
     return Line((values.sum() - values) / (len(values) - 1), 1.0)
 
@@ -115,7 +115,7 @@ def rloo(rewards: Floats) -> Line:
 def reinforce_pp(
     rewards: Sequence[Floats], lengths: Sequence[npt.NDArray[np.int64]], epsilon: float, *, baseline: bool
 ) -> list[Line]:
-    """Â = (x - mean) / (std + ε) over all tokens of the batch (REINFORCE++, arXiv:2501.03262, Eq. 9).
+    """Â = (x - mean) / (std + ε) over all tokens of the batch (REINFORCE++, arXiv:2501.03262).
 
     x is the reward, or with `baseline` the reward less its group's mean. Mean and std weight a rollout by its tokens,
     as the method normalises token advantages.
