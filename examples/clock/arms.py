@@ -1,7 +1,7 @@
 """What the variants of the algorithm do on the clock world: all arms of configs/clock/arms beside FAPO and GRPO.
 
     python examples/clock/arms.py --seeds 1 2 3 --out runs/arms
-    python examples/clock/arms.py --arms right-only bad-judge --seeds 1 train.steps=20
+    python examples/clock/arms.py --arms right-only bad-judge --out runs/try train.steps=20
 
 A run takes a few minutes. Started again it skips what is complete. Writes OUT/report.html, then a table: flawed share
 and right answers over the last ten steps by the oracle, the step from which most flagged rollouts have a negative
