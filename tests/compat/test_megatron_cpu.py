@@ -1,6 +1,8 @@
 """Each patch is needed still: without it, Megatron on a CPU fails in a known way. When one of these tests fails after
 an upgrade of megatron-core, the patch may go."""
 
+import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -49,6 +51,20 @@ def test_without_it_megatron_asks_for_cuda(without: dict[str, str], patch: str) 
 def test_without_p10_no_optimizer_state_can_be_loaded(without: dict[str, str]) -> None:
     assert without["P10"] == "KeyError: 'step'"
     assert without["P10 prepare"] != "works"
+
+
+def test_p6_to_p9_and_p12_are_needed_while_upstream_says_so() -> None:
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    assert "pin_memory=True" in inspect.getsource(rope_utils.get_pos_emb_on_this_cp_rank), "P6"
+    assert "torch.cuda.Stream()" in inspect.getsource(token_dispatcher), "P7"
+    if importlib.metadata.version("megatron-core") == "0.16.1":
+        assert not hasattr(moe_utils, "te_general_gemm"), "P8"
+    assert "tensor.is_cuda" in inspect.getsource(moe_utils.maybe_move_tensor_to_cpu), "P9"
+    shapes = inspect.getsource(P2PCommunicator._communicate_shapes)
+    assert "batch_isend_irecv" in shapes, "P12"
 
 
 def test_the_mode_is_confined_to_its_block() -> None:

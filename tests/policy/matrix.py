@@ -53,14 +53,16 @@ class Pool(LocalRanks):
         self._running = ""
 
     @contextmanager
-    def set_up(self, settings: PolicySettings, seed: int = 5) -> Iterator["Pool"]:
-        """The first ranks, in a layout."""
+    def set_up(self, settings: PolicySettings, mutation: str | None = None) -> Iterator["Pool"]:
+        """The first ranks, in a layout; with a bug of `tests.policy.mutations` planted where one is named."""
         if not len(self):
             self._every = self._pipes, self._processes = spawn(
                 len(self._every[0]), kind="tests.policy.probe:ProbedRank"
             )
         self._pipes, self._processes = (every[: settings.parallel.world] for every in self._every)
-        self._meet(settings, seed)
+        if mutation is not None:
+            self.call("mutate", mutation)
+        self._meet(settings, seed=5)
         yield self
         self.call("shutdown")
 
@@ -84,9 +86,9 @@ class Lived:
     after: Tensors
 
 
-def live(pool: Pool, settings: PolicySettings) -> Lived:
+def live(pool: Pool, settings: PolicySettings, mutation: str | None = None) -> Lived:
     """Three updates on ragged samples, several microbatches on each rank."""
-    with pool.set_up(settings) as ranks:
+    with pool.set_up(settings, mutation) as ranks:
         before = export(ranks).tensors
         found = scores(ranks, step_batch(0, ranks.layout, skip_zero_advantage=False))
         answers = [ranks.call("update", step_batch(step, ranks.layout), LOSS) for step in range(UPDATES)]

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.policy.rank import PolicyRank
 from megatron_fapo.policy.settings import PolicySettings
+from tests.policy.mutations import MUTATIONS, Mutation
 
 Gradients = list[dict[str, torch.Tensor]]
 """Of each group of layers, by the local name of the parameter."""
@@ -20,9 +22,24 @@ class ProbedRank(PolicyRank):
         super().__init__()
         self._seen: list[Gradients] = []
         self._weights: Gradients = []
+        self._mutation: Mutation | None = None
+        self._patch = pytest.MonkeyPatch()
+
+    def mutate(self, name: str) -> None:
+        """Plant a bug in the next setup, until its shutdown."""
+        self._mutation = MUTATIONS[name]
+
+    def shutdown(self) -> None:
+        self._patch.undo()
+        self._mutation = None
+        super().shutdown()
 
     def setup(self, rank: int, world: int, address: str, port: int, settings: PolicySettings, seed: int) -> Layout:
+        if self._mutation is not None:
+            self._mutation.before(self._patch)
         layout = super().setup(rank, world, address, port, settings, seed)
+        if self._mutation is not None:
+            self._mutation.after(self)
         self._seen = []
         step = self.model.optimizer.step
 
@@ -32,6 +49,15 @@ class ProbedRank(PolicyRank):
 
         self.model.optimizer.step = seen
         return layout
+
+    def dtypes(self) -> dict[str, set[torch.dtype]]:
+        """What weights, their gradients' buffers and the optimizer's copies are kept in."""
+        params = [param for chunk in self.model.chunks for param in chunk.parameters()]
+        return {
+            "weights": {param.dtype for param in params},
+            "gradients": {param.main_grad.dtype for param in params},
+            "masters": {held.dtype for group in self.model.optimizer.param_groups for held in group["params"]},
+        }
 
     def show_gradients(self, update: int) -> None:
         """Put the gradients of an update where the weights are, for an export. Collective."""

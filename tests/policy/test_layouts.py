@@ -83,6 +83,22 @@ def test_a_dense_model_lives_the_same_life_in_every_layout(pool: Pool, dense: Re
     compare(live(pool, settings_of(dense.model, DENSE[name])), dense.life, name)
 
 
+@pytest.mark.parametrize("name", ["tp2 sp", "cp2", "dp2", "pp2 vpp2", "ep2"])
+def test_bfloat16_keeps_masters_and_reductions_in_float32(
+    pool: Pool, dense: Reference, sparse: Reference, name: str
+) -> None:
+    import torch
+
+    expected, chosen = (sparse, MOE[name]) if name in ("ep2",) else (dense, DENSE[name])
+    with pool.set_up(settings_of(expected.model, chosen).changed(dtype="bfloat16")) as ranks:
+        reports = [ranks.call("update", step_batch(step, ranks.layout), LOSS)[0] for step in range(3)]
+        kept = ranks.call("dtypes")[0]
+    assert kept == {"weights": {torch.bfloat16}, "gradients": {torch.float32}, "masters": {torch.float32}}
+    for ours, reference in zip(reports, expected.life.reports, strict=True):
+        assert ours.updates[0].loss == pytest.approx(reference.updates[0].loss, abs=0.02)
+        assert ours.updates[0].grad_norm == pytest.approx(reference.updates[0].grad_norm, rel=0.15)
+
+
 def test_no_token_sees_another_sample(pool: Pool, dense: Reference) -> None:
     """Change one sample of a microbatch: the log-probs of its neighbours keep every digit."""
     for name in ("tp2 sp", "cp2"):
