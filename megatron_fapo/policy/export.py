@@ -3,27 +3,41 @@
 All ranks know the plan (`policy.pieces`) and cut it into the same buckets without asking each other.
 """
 
-from collections.abc import Sequence
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_fapo.compat.device import here
 from megatron_fapo.errors import PolicyError
 from megatron_fapo.held import HeldDigests, HeldLayout
 from megatron_fapo.policy.hf_folder import SHARD_BYTES, Writer
 from megatron_fapo.policy.model import Model
-from megatron_fapo.policy.pieces import Piece, fetch, plan
+from megatron_fapo.policy.pieces import Piece, fetch, own_parts, plan
 from megatron_fapo.records import Bucket, TensorSpec
-from megatron_fapo.weights import Segment, aligned, digest
+from megatron_fapo.weights import Segment, aligned, digest, shared_memory_folder
 
 
 class Export:
-    """One walk over all weights, bucket by bucket."""
+    """Walks over all weights, bucket by bucket. Plan and segments are kept from walk to walk."""
 
-    def __init__(self, model: Model, layouts: Sequence[HeldLayout] = ()) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self.pieces = plan(model.bridge, model.chunks)
+        self._next = 0
+        self._rank = dist.get_rank()
+        self._together = _one_machine()
+        self._segments: dict[Path, Segment] = {}
+        self._params = [dict(chunk.named_parameters()) for chunk in model.chunks]
+        self._held: dict[HeldLayout, HeldDigests] = {}
+
+    def restart(self, layouts: Sequence[HeldLayout]) -> None:
+        """See `PolicyRank.open_export`."""
         self._next = 0
         self._held = {layout: HeldDigests(layout) for layout in layouts}
 
@@ -33,19 +47,72 @@ class Export:
         self._next += len(pieces)
         if not pieces:
             return None
-        writing = dist.get_rank() == 0
-        memory = Segment.create(path, nbytes).memory if writing else memoryview(bytearray(1))
+        specs = _table(pieces)
+        last = specs[-1]
+        used = aligned(last.offset + prod(last.shape) * pieces[-1].dtype.itemsize)
+        if self._together:
+            memory = self._map(path, nbytes)
+            digests = self._write_parts(pieces, specs, memory)
+        else:
+            memory = Segment.create(path, nbytes).memory if self._rank == 0 else memoryview(b"")
+            digests = self._write_fetched(pieces, specs, memory)
+        if self._rank != 0:
+            return None
+        specs = [replace(spec, digest=digest) for spec, digest in zip(specs, digests, strict=True)]
+        for held in self._held.values():
+            for spec, data in zip(specs, _bytes_of(specs, memory), strict=True):
+                held.add(spec, data)
+        return Bucket(segment=str(path), nbytes=used, tensors=tuple(specs))
+
+    def _map(self, path: Path, nbytes: int) -> memoryview:
+        """The segment in every rank; rank 0 makes it."""
+        known = self._segments.get(path)
+        # Asked of every rank's own mapping; all see the same file, so all answer alike.
+        if known is None or not known.is_still(nbytes):
+            if self._rank == 0:
+                self._segments[path] = Segment.create(path, nbytes)
+            if dist.get_world_size() > 1:
+                dist.barrier()
+            if self._rank != 0:
+                self._segments[path] = Segment.open(path, nbytes)
+        return self._segments[path].memory
+
+    def _write_parts(self, pieces: Sequence[Piece], specs: Sequence[TensorSpec], memory: memoryview) -> list[str]:
+        """Each rank writes its shards where they belong, and sums its share of the tensors."""
         target = torch.frombuffer(memory, dtype=torch.uint8)
-        specs: list[TensorSpec] = []
-        offset = 0
+        again = iter(specs)
         for piece in pieces:
-            for name, tensor in fetch(self.model.bridge, self.model.chunks, piece):
-                spec = _write(name, tensor, target, offset)
-                specs.append(spec)
-                for held in self._held.values():
-                    held.add(spec, memory[offset : offset + tensor.numel() * tensor.itemsize])
-                offset = aligned(offset + tensor.numel() * tensor.itemsize)
-        return Bucket(segment=str(path), nbytes=offset, tensors=tuple(specs)) if writing else None
+            mine = [next(again) for _ in piece.tensors]
+            if self._rank not in piece.ranks:
+                continue
+            parts = own_parts(self.model.bridge, self._params[piece.chunk][piece.local_name].detach(), piece)
+            for spec, (part, place) in zip(mine, parts, strict=bool(parts)):
+                nbytes = prod(spec.shape) * piece.dtype.itemsize
+                whole = target[spec.offset : spec.offset + nbytes].view(piece.dtype).view(spec.shape)
+                whole[place].view(part.shape).copy_(part)
+        world = dist.get_world_size()
+        if world > 1:
+            dist.barrier()
+        spans = list(_bytes_of(specs, memory))
+        sums = torch.zeros(len(specs), 16, dtype=torch.uint8)
+        reached, total = 0, sum(map(len, spans))
+        for row, span in zip(sums, spans, strict=True):
+            if reached * world // total == self._rank:
+                row.copy_(torch.frombuffer(bytearray.fromhex(digest(span)), dtype=torch.uint8))
+            reached += len(span)
+        if world > 1:  # each row is zero on all ranks but one
+            sums = sums.to(here())
+            dist.reduce(sums, dst=0)
+        return [bytes(row.tolist()).hex() for row in sums.cpu()]
+
+    def _write_fetched(self, pieces: Sequence[Piece], specs: Sequence[TensorSpec], memory: memoryview) -> list[str]:
+        """Ranks on several machines send to rank 0, which writes."""
+        spans = list(_bytes_of(specs, memory)) if self._rank == 0 else []
+        tensors = [t for piece in pieces for _, t in fetch(self.model.bridge, self.model.chunks, piece)]
+        for span, tensor in zip(spans, tensors, strict=True):
+            target = torch.frombuffer(span, dtype=torch.uint8)
+            target.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
+        return [digest(span) for span in spans]
 
     def expected(self, layout: HeldLayout) -> dict[str, str] | None:
         """See `PolicyRank.expected`."""
@@ -66,16 +133,36 @@ class Export:
         return rest[:fitting]
 
 
-def _write(name: str, tensor: torch.Tensor, target: torch.Tensor, offset: int) -> TensorSpec:
-    place = target[offset : offset + tensor.numel() * tensor.itemsize]
-    place.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
-    return TensorSpec(
-        name=name,
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        shape=tuple(tensor.shape),
-        offset=offset,
-        digest=digest(place.numpy().data),
-    )
+def _table(pieces: Sequence[Piece]) -> list[TensorSpec]:
+    """Where each tensor of a bucket lies, its digest not yet known."""
+    specs, offset = [], 0
+    for piece in pieces:
+        dtype = str(piece.dtype).removeprefix("torch.")
+        for name, shape in piece.tensors:
+            specs.append(TensorSpec(name=name, dtype=dtype, shape=tuple(shape), offset=offset, digest=""))
+            offset = aligned(offset + prod(shape) * piece.dtype.itemsize)
+    return specs
+
+
+def _bytes_of(specs: Sequence[TensorSpec], memory: memoryview) -> Iterator[memoryview]:
+    """Each tensor's bytes in a bucket."""
+    for spec in specs:
+        yield memory[spec.offset : spec.offset + prod(spec.shape) * getattr(torch, spec.dtype).itemsize]
+
+
+def _one_machine() -> bool:
+    """Whether all ranks see the same shared memory. Collective."""
+    mine = (socket.gethostname(), os.stat(shared_memory_folder()).st_dev, _boot())
+    everyones: list[object] = [mine] * dist.get_world_size()
+    if dist.get_world_size() > 1:
+        dist.all_gather_object(everyones, mine)
+    return all(machine == mine for machine in everyones)
+
+
+def _boot() -> str:
+    """What tells a running kernel from all others, where the system has that."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text() if path.exists() else ""
 
 
 def save_hf(model: Model, source: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

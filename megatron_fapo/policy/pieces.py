@@ -158,6 +158,38 @@ def fetch(bridge: Any, chunks: Sequence[Any], piece: Piece) -> Tensors:
     return _receive(piece) if rank == 0 else []
 
 
+@torch.no_grad()
+def own_parts(bridge: Any, param: torch.Tensor, piece: Piece) -> list[tuple[torch.Tensor, tuple[slice, ...]]]:
+    """Where this rank's shard of a piece lies in each of its Hugging Face tensors: views of it, and their places.
+
+    Tensor-parallel shards are blocks of the Hugging Face tensors too: Megatron gives each rank whole heads, and
+    halves of gate and up. So every rank can put its part in place, without gathering and without a copy in between.
+    """
+    place = piece.ranks.index(dist.get_rank())
+    if piece.partition is None:
+        whole = bridge.to_hugging_face(piece.name, [param], piece.partition)
+        # a tensor that every rank has is written by the first
+        return [(tensor, (slice(None),)) for _, tensor in whole] if place == 0 else []
+    if len(piece.tensors) > 1:
+        shares = [shape[0] // len(piece.ranks) for _, shape in piece.tensors]
+        places = [(slice(place * share, (place + 1) * share),) for share in shares]
+        return list(zip(_split(bridge, param, piece), places, strict=True))
+    dim, (_, shape) = piece.partition, piece.tensors[0]
+    start = min(place * param.shape[dim], shape[dim])
+    end = min(start + param.shape[dim], shape[dim])  # Megatron may have padded the vocabulary
+    return [(param.narrow(dim, 0, end - start), (*[slice(None)] * dim, slice(start, end)))]
+
+
+def _split(bridge: Any, param: torch.Tensor, piece: Piece) -> list[torch.Tensor]:
+    """A shard as the shards of its Hugging Face tensors, gate and up, or query, key and value by group and head."""
+    if len(piece.tensors) == 3:  # [groups, heads of a group + key + value, head size, ...]
+        (_, query), (_, key), _ = piece.tensors
+        groups = bridge.hf_config.num_key_value_heads // len(piece.ranks)
+        heads = param.view(groups, query[0] // key[0] + 2, -1, *param.shape[1:])
+        return [heads[:, :-2], heads[:, -2:-1], heads[:, -1:]]
+    return list(param.chunk(len(piece.tensors)))
+
+
 def _receive(piece: Piece) -> Tensors:
     device = here()
     received = [(name, torch.empty(shape, dtype=piece.dtype, device=device)) for name, shape in piece.tensors]

@@ -261,7 +261,9 @@ class PolicyRank:
     def open_export(self, layouts: Sequence[HeldLayout] = ()) -> None:
         """Start an export of the current weights, to servers that hold them in these layouts. Collective."""
         with self.device.active():
-            self._export = export.Export(self.model, layouts)
+            if self._export is None:
+                self._export = export.Export(self.model)
+            self._export.restart(layouts)
 
     def next_bucket(self, segment_path: str, nbytes: int) -> Bucket | None:
         """Fill shared memory of `nbytes` at `segment_path` with the next tensors, under Hugging Face names.

@@ -1,10 +1,13 @@
 """The weights of a running model: read from disk, copied from shared memory, summed, released."""
 
 import ctypes
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -12,7 +15,7 @@ from torch import Tensor
 from megatron_fapo.errors import DataError, RequestRejected, WeightsError
 from megatron_fapo.records import Bucket, TensorSpec
 from megatron_fapo.serving.engine.model import Model
-from megatron_fapo.weights import Segment, checksum, digest, shared_memory_folder
+from megatron_fapo.weights import Bytes, Segment, checksum, copy, digest, shared_memory_folder
 
 
 def on_disk(folder: Path) -> list[Path]:
@@ -23,12 +26,21 @@ def on_disk(folder: Path) -> list[Path]:
     return files
 
 
+_COPIERS = min(2, os.cpu_count() or 1)
+"""Threads that copy a bucket; nothing is computed meanwhile, and the trainer waits."""
+
+
 class Weights:
     """The parameters of a model and the updates made to them."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._missing: set[str] = set()
+        self._arrived: dict[str, str] = {}
+        """Digests of the parameters that the open update has written, computed from the parameters."""
+        self._segments: dict[str, Segment] = {}
+        """What updates have mapped, two that take turns; kept, since a fresh mapping costs a fault a page."""
+        self._pool = ThreadPoolExecutor(_COPIERS)
         self._backup: dict[str, Tensor] | None = None
         self.released = False
         self.usable = False
@@ -68,6 +80,7 @@ class Weights:
         if self.released:
             raise RequestRejected("the weights' memory is released: resume it (tag weights) before an update")
         self._missing = set(self._model.parameters)
+        self._arrived.clear()
         self.usable = False
 
     def copy(self, bucket: Bucket) -> None:
@@ -76,28 +89,31 @@ class Weights:
         Raises RequestRejected, naming the tensor, when a name, shape or dtype is not the model's, and WeightsError
         when the bucket's segment cannot be read or a tensor's bytes are not those of its digest.
         """
-        memory = self._open(bucket).memory
-        for spec in bucket.tensors:
-            if self._is_tied_head(spec.name):
-                continue
-            target = self._target(spec.name, spec.shape)
-            self._missing.add(spec.name)
-            self._copy_one(spec, target, memory)
-            self._missing.discard(spec.name)
+        memory = np.frombuffer(self._open(bucket).memory, np.uint8)
+        specs = [spec for spec in bucket.tensors if not self._is_tied_head(spec.name)]
+        targets = [self._target(spec.name, spec.shape) for spec in specs]
+        self._missing.update(spec.name for spec in specs)
+        for name in self._pool.map(self._copy_one, specs, targets, [memory] * len(specs)):
+            self._missing.discard(name)
 
     def end(self) -> None:
         """Close the update. Raises RequestRejected naming parameters that did not arrive; it then stays open."""
         self._refuse_incomplete(self._missing)
         self._model.refresh()
         self.usable = True
+        self._arrived.clear()
 
     def checksum(self) -> str:
         """Over what the model holds now, under Hugging Face names."""
         return checksum(self.digests())
 
     def digests(self) -> dict[str, str]:
-        """{Hugging Face name: digest} of what the model holds now."""
-        return {name: digest(_bytes(tensor)) for name, tensor in self._model.parameters.items()}
+        """{Hugging Face name: digest} of what the model holds now; nobody else writes while an update is open."""
+        arrived = self._arrived
+        return {
+            name: arrived[name] if name in arrived else digest(_bytes(tensor))
+            for name, tensor in self._model.parameters.items()
+        }
 
     def release(self, backup: bool) -> None:
         """Give the parameters' memory back."""
@@ -144,24 +160,29 @@ class Weights:
             raise RequestRejected(f"tensor {name!r}: has shape {list(shape)}, the model's is {list(tensor.shape)}")
         return tensor
 
-    def _copy_one(self, spec: TensorSpec, target: Tensor, memory: memoryview) -> None:
+    def _copy_one(self, spec: TensorSpec, target: Tensor, memory: Bytes) -> str:
         dtype = str(target.dtype).removeprefix("torch.")
         if spec.dtype != dtype:
             raise RequestRejected(f"tensor {spec.name!r}: is {spec.dtype}, the model's is {dtype}")
         nbytes = target.numel() * target.element_size()
         if spec.offset < 0 or spec.offset % target.element_size() or spec.offset + nbytes > len(memory):
             raise RequestRejected(f"tensor {spec.name!r}: bytes {spec.offset}..{spec.offset + nbytes} leave its bucket")
-        piece = torch.frombuffer(memory, dtype=target.dtype, count=target.numel(), offset=spec.offset)
-        target.copy_(piece.view(target.shape))
-        if digest(_bytes(target)) != spec.digest:
+        self._arrived.pop(spec.name, None)
+        found = copy(memory[spec.offset : spec.offset + nbytes], np.frombuffer(_bytes(target), np.uint8))
+        if found != spec.digest:
             raise WeightsError(f"tensor {spec.name!r}: its bytes do not have the digest that its sender computed")
+        self._arrived[spec.name] = found
+        return spec.name
 
     def _open(self, bucket: Bucket) -> Segment:
         """The mapped segment of a bucket. A path outside the shared-memory folder is refused."""
         path, folder = Path(bucket.segment), shared_memory_folder()
         if path.parent != folder or not path.name.startswith("fapo-"):
             raise RequestRejected(f"segment {bucket.segment!r}: must be a file named fapo-* in {folder}")
-        return Segment.open(path, bucket.nbytes)
+        known = self._segments.get(bucket.segment)
+        if known is None or not known.is_still(bucket.nbytes):
+            known = self._segments[bucket.segment] = Segment.open(path, bucket.nbytes, whole=True)
+        return known
 
 
 @contextmanager

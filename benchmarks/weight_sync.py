@@ -1,0 +1,210 @@
+"""Weights from Megatron's ranks to a server, in GB/s, against what no path can avoid.
+
+    python benchmarks/weight_sync.py [--quick] [--json]
+
+The floor moves the same bytes in the same run, bucket by bucket: one copy into shared memory, one copy out of it,
+and the same checksum at both ends, by one thread and by two; the better counts. Ours is a whole publication: real
+ranks that export under Hugging Face names, a real server process that loads, sums and continues, with gathering,
+naming and HTTP. Sides take turns, so that what else the machine does falls on all of them; shown is the best round.
+
+The last line of `--json` has `ratio`, ours over the floor for shared memory with two tensor-parallel ranks, and
+`copy_share`, ours over one plain copy of the bytes.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from megatron_fapo.held import HeldLayout
+from megatron_fapo.policy.local import LocalRanks
+from megatron_fapo.policy.settings import ParallelSettings, PolicySettings
+from megatron_fapo.publish.publisher import SharedMemory, publish
+from megatron_fapo.publish.settings import PublishSettings
+from megatron_fapo.records import Bucket
+from megatron_fapo.serving.client import ServerClient
+from megatron_fapo.serving.launcher import launch_one
+from megatron_fapo.serving.settings import ServerSettings
+from megatron_fapo.weights import Bytes, Segment, copy, shared_memory_folder
+
+LAYOUTS = {"TP1": {}, "TP2": {"tensor": 2}, "PP2": {"pipeline": 2}}
+
+
+def make_model(folder: Path, layers: int) -> None:
+    """A random Qwen3 with matrices of a real model's shape: 12.6 M parameters a layer."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+
+
+class Ranks:
+    """Local ranks as an `Exporter`."""
+
+    def __init__(self, ranks: LocalRanks) -> None:
+        self._ranks = ranks
+
+    async def open_export(self, layouts: Sequence[HeldLayout]) -> None:
+        """All ranks."""
+        await asyncio.to_thread(self._ranks.call, "open_export", tuple(layouts))
+
+    async def next_bucket(self, segment: str, nbytes: int) -> Bucket | None:
+        """All ranks; the first has the table."""
+        bucket = (await asyncio.to_thread(self._ranks.call, "next_bucket", segment, nbytes))[0]
+        return bucket if isinstance(bucket, Bucket) else None
+
+    async def expected(self, layout: HeldLayout) -> dict[str, str]:
+        """The first rank's."""
+        return dict((await asyncio.to_thread(self._ranks.call, "expected", layout))[0])
+
+
+class Floor:
+    """The same tensors through shared memory by threads of this process."""
+
+    def __init__(self, sizes: Sequence[int], bucket: int) -> None:
+        self.nbytes = sum(sizes)
+        self._bucket = bucket
+        self._sources = [np.full(size, 1, np.uint8) for size in sizes]
+        self._targets = [np.zeros(size, np.uint8) for size in sizes]
+        self._segments = [
+            Segment.create(shared_memory_folder() / f"fapo-floor-{os.getpid()}-{i}", bucket) for i in (0, 1)
+        ]
+        for segment in self._segments:
+            np.frombuffer(segment.memory, np.uint8)[:] = 0
+
+    def seconds(self, threads: int) -> float:
+        """One pass over everything, the tensors dealt to the threads by size."""
+        shares: list[list[int]] = [[] for _ in range(threads)]
+        loads = [0] * threads
+        for index in sorted(range(len(self._sources)), key=lambda i: -len(self._sources[i])):
+            least = loads.index(min(loads))
+            shares[least].append(index)
+            loads[least] += len(self._sources[index])
+        workers = [
+            threading.Thread(target=self._move, args=(share, np.frombuffer(segment.memory, np.uint8), threads))
+            for share, segment in zip(shares, self._segments, strict=False)
+        ]
+        start = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return time.perf_counter() - start
+
+    def _move(self, share: list[int], memory: Bytes, threads: int) -> None:
+        """Fill a bucket, then empty it."""
+        room, held, used = self._bucket // threads, [], 0
+        for index in [*share, -1]:
+            size = len(self._sources[index])
+            if index < 0 or used + size > room:
+                for one, start, end in held:
+                    copy(memory[start:end], self._targets[one])
+                held, used = [], 0
+            if index >= 0:
+                copy(self._sources[index], memory[used : used + size])
+                held.append((index, used, used + size))
+                used += size
+
+    def plain_copy(self) -> float:
+        """Seconds of one copy of the bytes, by one thread."""
+        start = time.perf_counter()
+        for source, target in zip(self._sources, self._targets, strict=True):
+            np.copyto(target, source)
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """Unlink."""
+        for segment in self._segments:
+            segment.remove()
+
+
+async def measure(folder: Path, layouts: Sequence[str], megabytes: float, rounds: int) -> dict[str, float]:
+    """GB/s of each side."""
+    sizes = [p.numel() * p.element_size() for p in Qwen3ForCausalLM.from_pretrained(folder).parameters()]
+    floor = Floor(sizes, int(megabytes * 2**20))
+    best: dict[str, float] = {}
+
+    def note(name: str, seconds: float) -> None:
+        best[name] = min(best.get(name, seconds), seconds)
+
+    server = await launch_one(ServerSettings(model=str(folder), context_length=128), folder / "server.log", 0)
+    try:
+        async with ServerClient(server.url) as client:
+            for layout in layouts:
+                settings = PolicySettings(model=folder, parallel=ParallelSettings(**LAYOUTS[layout]), timeout=120)
+                transport = SharedMemory(PublishSettings(bucket_megabytes=megabytes), f"weight-sync-{os.getpid()}")
+                with await asyncio.to_thread(LocalRanks, settings) as ranks:
+                    for turn in range(rounds + 1):
+                        start = time.perf_counter()
+                        await publish(Ranks(ranks), [client], transport, turn)
+                        ours = time.perf_counter() - start
+                        if turn:  # the first round warms up
+                            note(f"shared memory, {layout}", ours)
+                            note("floor, 1 thread", floor.seconds(1))
+                            note("floor, 2 threads", floor.seconds(2))
+                            note("one plain copy", floor.plain_copy())
+                transport.close()
+    finally:
+        await server.stop()
+        floor.close()
+    return {name: floor.nbytes / seconds / 1e9 for name, seconds in best.items()}
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="TP2 alone, 5 rounds, 0.2 GB instead of 0.4 GB")
+    parser.add_argument("--json", action="store_true", help="a last line of JSON")
+    parser.add_argument("--bucket", type=float, default=32.0, help="megabytes of a bucket")
+    arguments = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    layouts, rounds = (["TP2"], 5) if arguments.quick else (list(LAYOUTS), 9)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_model(folder, 4 if arguments.quick else 8)
+        speeds = asyncio.run(measure(folder, layouts, arguments.bucket, rounds))
+    floor = max(speeds["floor, 1 thread"], speeds["floor, 2 threads"])
+    table = Table(title=f"GB/s, best of {rounds} interleaved rounds, buckets of {arguments.bucket:g} MB")
+    for column in ("", "GB/s", "over the floor"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, speed in speeds.items():
+        table.add_row(name, f"{speed:.2f}", f"{speed / floor:.2f}")
+    Console(width=120).print(table)
+    if arguments.json:
+        ours = speeds["shared memory, TP2"]
+        result = {
+            "ratio": round(ours / floor, 3),
+            "copy_share": round(ours / speeds["one plain copy"], 3),
+            "gigabytes_per_second": {name: round(speed, 3) for name, speed in speeds.items()},
+        }
+        sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
