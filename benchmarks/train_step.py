@@ -203,7 +203,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the same, MLP recomputed": {"logits_megabytes": 16, "recompute": "selective", "recompute_modules": ["mlp"]},
     "the same, layers recomputed": {"logits_megabytes": 16, "recompute": "full"},
 }
-MEASURED = ("model", "passes", "optimizer", "between")
+MEASURED = ("model", "passes", "optimizer", "between", "offloaded")
 
 
 def predict(work: Workload, settings: PolicySettings, positions: int, chosen: int) -> dict[str, int]:
@@ -231,6 +231,7 @@ def predict(work: Workload, settings: PolicySettings, positions: int, chosen: in
         "passes": 2 * static + passes,
         "optimizer": 2 * static + 4 * parameters,
         "between": 2 * static,
+        "offloaded": 0,
     }
 
 
@@ -254,8 +255,8 @@ class Peak:
         return psutil.Process().memory_info().rss - self._before
 
 
-def measure_memory(changes: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """{measured, predicted: {phase: bytes}}; to be called in a process that has done nothing else."""
+def measure_memory(changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{measured, predicted: {phase: bytes}} and what offloading frees; for a process that has done nothing else."""
     import torch
     from megatron.core.tensor_parallel import random as _loaded  # noqa: F401 - before the first reading
 
@@ -285,15 +286,21 @@ def measure_memory(changes: dict[str, Any]) -> dict[str, dict[str, int]]:
             rank.update(batch, LOSS)
         rank.offload([])
         seen |= {**between, "between": peak.now()}
+        start = time.perf_counter()
+        freed = sum(rank.offload().values())
+        seconds = [time.perf_counter() - start]
+        seen["offloaded"], start = peak.now(), time.perf_counter()
+        rank.onload()
+        seconds.append(time.perf_counter() - start)
         columns = rank._column(batch.minibatches[0])
         largest = max(columns, key=lambda padded: padded.tokens.numel())
         expected = predict(work, rank.settings, largest.tokens.numel(), len(largest.chosen))
         rank.shutdown()
         del torch
-    return {"measured": seen, "predicted": expected}
+    return {"measured": seen, "predicted": expected, "offload": {"bytes": freed, "seconds": seconds}}
 
 
-def memory() -> dict[str, dict[str, dict[str, int]]]:
+def memory() -> dict[str, dict[str, dict[str, Any]]]:
     """Of each variant, in a process of its own."""
     found = {}
     for name in VARIANTS:
@@ -337,6 +344,9 @@ def main() -> None:
         cells = [f"{both['measured'][p] / 2**20:.0f} ({both['predicted'][p] / 2**20:.0f})" for p in MEASURED]
         table.add_row(name, *cells)
     console.print(table)
+    away = next(iter(sizes.values()))["offload"]
+    out, back = away["seconds"]
+    console.print(f"offloading frees {away['bytes'] / 2**20:.0f} MB in {out:.2f} s, {back:.2f} s back", highlight=False)
     if arguments.json:
         by_workload = {name: dict(zip(("low", "median", "high"), ratios(s), strict=True)) for name, s in timed.items()}
         worst = max(row["median"] for row in by_workload.values())
