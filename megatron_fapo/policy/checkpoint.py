@@ -31,8 +31,9 @@ from megatron_fapo.policy.model import Model
 
 log = logging.getLogger(__name__)
 
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Optimizer state as one tensor a parameter, so that any layout can load it; Megatron's default fails on saving."""
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+"""Optimizer state as one tensor a parameter, under a name that does not depend on how Megatron splits its optimizer
+(experts have one of their own where they are spread): any layout can load it. Megatron's default fails on saving."""
 
 
 class _Running:
@@ -126,11 +127,13 @@ class Checkpoints:
         found = check(folder)
         same = dict(found.layout) == _axes(self._layout)
         state = self._state(loading=True, randomness=same)
+        groups = [part["optimizer"] for part in _parts(state["optimizer"])]
         strategy = checkpoint_files.load_strategy(_sharers())
         try:
             loaded = dist_checkpointing.load(state, str(folder), sharded_strategy=strategy)
         except (CheckpointingException, OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise ResumeError(f"{folder}: cannot be loaded: {error}", rank=dist.get_rank()) from error
+        loaded["optimizer"] = _as_split_here(loaded["optimizer"], groups)
         self._put_back(loaded)
         if same:
             torch.set_rng_state(loaded["random"]["torch"])
@@ -180,6 +183,33 @@ def check(folder: Path) -> Manifest:
             raise damage
     assert found is not None
     return found
+
+
+def _parts(state: dict[Any, Any]) -> list[dict[Any, Any]]:
+    """The states of the optimizers that Megatron chains; one where it chains none."""
+    return [state] if "optimizer" in state else [state[number] for number in sorted(state)]
+
+
+def _as_split_here(loaded: dict[Any, Any], groups: list[dict[str, Any]]) -> dict[Any, Any]:
+    """Optimizer state that another number of chained optimizers saved, for those of this layout.
+
+    States are found by their parameters' names, and are in their places already. Saved beside them, once for each
+    optimizer, are the parameter groups: this layout's own `groups` are taken, with the steps done of the saved ones.
+    """
+    saved = loaded if "optimizer" in loaded else loaded[0]
+    count = (
+        1 if "optimizer" in loaded else sum("optimizer" in part for part in loaded.values() if isinstance(part, dict))
+    )
+    if count == len(groups) or not groups:
+        return loaded
+    common = {key: value for key, value in saved.items() if isinstance(key, str) and key != "param_state"}
+    step = saved["optimizer"]["param_groups"][0]["step"]
+    parts = []
+    for number, own in enumerate(groups):
+        held = loaded if len(groups) == 1 else loaded[number]
+        own = {**own, "param_groups": [{**group, "step": step} for group in own["param_groups"]]}
+        parts.append({**common, "param_state": held["param_state"], "optimizer": own})
+    return parts[0] if len(parts) == 1 else dict(enumerate(parts))
 
 
 def _chunks(model: Model) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron_fapo.policy import checkpoint
 from megatron_fapo.policy.local import LocalRanks
 from megatron_fapo.records import UpdateReport
 from tests.policy.lives import LAYOUTS, LOSS, VOCABULARY, Life, policy_settings, step_batch
+from tests.policy.matrix import save_moe
 
 Lives = Callable[[str], Life]
 NEXT = (3, 4, 5)
@@ -58,8 +59,6 @@ def tensors_of(folder: Path) -> dict:
 def test_saved_in_one_layout_and_resumed_in_another(
     lives: Lives, qwen3: Path, tmp_path: Path, before: str, after: str
 ) -> None:
-    import torch
-
     saved = lives(before).saved
     with LocalRanks(policy_settings(qwen3, **LAYOUTS[before]), seed=3) as ranks:
         ranks.call("load", str(saved))
@@ -69,18 +68,73 @@ def test_saved_in_one_layout_and_resumed_in_another(
         ranks.call("save", str(tmp_path / "again"))
         found = updates(ranks)
 
-    ours, theirs = tensors_of(tmp_path / "again"), tensors_of(saved)
-    assert sorted(ours) == sorted(theirs)
-    assert sum(key.startswith("optimizer.state.exp_avg") for key in ours) > 10
-    for key, tensor in theirs.items():
-        rows = slice(VOCABULARY) if "embedding" in key else slice(None)  # tensor parallelism pads the vocabulary
-        assert torch.equal(ours[key][rows], tensor[rows]), key
-        assert ours[key][rows].any(), key
+    assert_the_same_tensors(tmp_path / "again", saved)
+    assert_near(found, expected)
 
+
+def assert_the_same_tensors(ours: Path, theirs: Path) -> None:
+    """Bit for bit, weights and optimizer states of two checkpoints, each gathered from its own layout."""
+    import torch
+
+    found, expected = tensors_of(ours), tensors_of(theirs)
+    assert sorted(found) == sorted(expected)
+    assert sum(key.startswith("optimizer.state.exp_avg") for key in found) > 10
+    for key, tensor in expected.items():
+        # tensor parallelism pads the vocabulary
+        rows = slice(VOCABULARY) if "embedding" in key or "output_layer" in key else slice(None)
+        assert torch.equal(found[key][rows], tensor[rows]), key
+        assert found[key][rows].any(), key
+
+
+def assert_near(found: list[UpdateReport], expected: list[UpdateReport]) -> None:
+    """Losses and gradient norms of two layouts on the same batches."""
     for update, reference in zip(found, expected, strict=True):
         assert update.loss == pytest.approx(reference.loss, rel=1e-5, abs=1e-7)
         assert update.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
         assert update.learning_rate == reference.learning_rate
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_moe(tmp_path_factory.mktemp("moe"))
+
+
+AROUND_EXPERTS = [
+    {},
+    {"expert": 2, "data": 2},
+    {"tensor": 2, "sequence": True, "expert_tensor": 2},
+    {"pipeline": 2},
+    {"data": 2},
+]
+AROUND_EXPERTS_ON_FOUR = [
+    {"expert": 2, "data": 2, "pipeline": 2, "virtual_pipeline": 2},
+    {"tensor": 2, "sequence": True, "expert": 2, "data": 2},
+    {"expert": 2, "data": 4},
+]
+
+
+def name_of(layouts: list[dict]) -> str:
+    return f"{len(layouts)} layouts"
+
+
+@pytest.mark.parametrize(
+    "layouts", [AROUND_EXPERTS, pytest.param(AROUND_EXPERTS_ON_FOUR, marks=pytest.mark.long)], ids=name_of
+)
+def test_a_mixture_of_experts_goes_from_layout_to_layout(moe: Path, tmp_path: Path, layouts: list[dict]) -> None:
+    """Saved in one, loaded and saved in the next, and so on: the first and each later one hold the same tensors."""
+    with LocalRanks(policy_settings(moe), seed=5) as ranks:
+        updates(ranks, (0, 1, 2))
+        ranks.call("save", str(tmp_path / "first"))
+        expected = updates(ranks)
+    last = tmp_path / "first"
+    for number, layout in enumerate(layouts):
+        with LocalRanks(policy_settings(moe, **layout), seed=9 + number) as ranks:
+            ranks.call("load", str(last))
+            last = tmp_path / str(number)
+            ranks.call("save", str(last))
+            found = updates(ranks)
+        assert_the_same_tensors(last, tmp_path / "first")
+        assert_near(found, expected)
 
 
 ON_A_SLOW_DISK = """
