@@ -127,13 +127,17 @@ class Checkpoints:
         found = check(folder)
         same = dict(found.layout) == _axes(self._layout)
         state = self._state(loading=True, randomness=same)
-        groups = [part["optimizer"] for part in _parts(state["optimizer"])]
+        groups = [part["optimizer"] for part in _parts(state["optimizer"]) if "param_state" in part]
         strategy = checkpoint_files.load_strategy(_sharers())
         try:
             loaded = dist_checkpointing.load(state, str(folder), sharded_strategy=strategy)
-        except (CheckpointingException, OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ResumeError(f"{folder}: cannot be loaded: {error}", rank=dist.get_rank()) from error
-        loaded["optimizer"] = _as_split_here(loaded["optimizer"], groups)
+        except (CheckpointingException, CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
+            said = " ".join(str(error).split())[-600:]
+            raise ResumeError(
+                f"{folder}: does not fit this model and optimizer: {said}", rank=dist.get_rank()
+            ) from error
+        if groups:  # only Megatron's distributed optimizer goes from one split to another
+            loaded["optimizer"] = _as_split_here(loaded["optimizer"], groups)
         self._put_back(loaded)
         if same:
             torch.set_rng_state(loaded["random"]["torch"])
@@ -187,7 +191,7 @@ def check(folder: Path) -> Manifest:
 
 def _parts(state: dict[Any, Any]) -> list[dict[Any, Any]]:
     """The states of the optimizers that Megatron chains; one where it chains none."""
-    return [state] if "optimizer" in state else [state[number] for number in sorted(state)]
+    return [state[number] for number in sorted(state)] if 0 in state else [state]
 
 
 def _as_split_here(loaded: dict[Any, Any], groups: list[dict[str, Any]]) -> dict[Any, Any]:
@@ -197,10 +201,9 @@ def _as_split_here(loaded: dict[Any, Any], groups: list[dict[str, Any]]) -> dict
     optimizer, are the parameter groups: this layout's own `groups` are taken, with the steps done of the saved ones.
     """
     saved = loaded if "optimizer" in loaded else loaded[0]
-    count = (
-        1 if "optimizer" in loaded else sum("optimizer" in part for part in loaded.values() if isinstance(part, dict))
-    )
-    if count == len(groups) or not groups:
+    split = [part for part in loaded.values() if isinstance(part, dict) and "optimizer" in part]
+    count = 1 if "optimizer" in loaded else len(split)
+    if count == len(groups):
         return loaded
     common = {key: value for key, value in saved.items() if isinstance(key, str) and key != "param_state"}
     step = saved["optimizer"]["param_groups"][0]["step"]

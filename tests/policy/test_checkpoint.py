@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_fapo.errors import CheckpointDamaged, PolicyError
+from megatron_fapo.errors import CheckpointDamaged, PolicyError, ResumeError
 from megatron_fapo.manifest import MANIFEST
 from megatron_fapo.policy import checkpoint
 from megatron_fapo.policy.local import LocalRanks
@@ -34,6 +34,21 @@ def test_resumed_updates_equal_uninterrupted_ones_to_the_last_digit(lives: Lives
         ranks.call("load", str(life.saved))
         again = updates(ranks, NEXT[: len(life.resumed)])
     assert again == [report.updates[0] for report in life.resumed]
+
+
+def test_a_plain_optimizer_resumes_too_and_does_not_pass_for_a_distributed_one(qwen3: Path, tmp_path: Path) -> None:
+    distributed = policy_settings(qwen3)
+    plain = distributed.changed(optimizer=distributed.optimizer.changed(distributed=False))
+    with LocalRanks(plain, seed=5) as ranks:
+        updates(ranks, (0, 1, 2))
+        ranks.call("save", str(tmp_path))
+        expected = updates(ranks)
+    with LocalRanks(plain, seed=9) as ranks:
+        ranks.call("load", str(tmp_path))
+        assert updates(ranks) == expected
+    with LocalRanks(distributed, seed=9) as ranks:
+        with pytest.raises(ResumeError, match="does not fit this model and optimizer"):
+            ranks.call("load", str(tmp_path))
 
 
 def tensors_of(folder: Path) -> dict:
