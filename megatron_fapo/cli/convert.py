@@ -8,20 +8,32 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from megatron_fapo.errors import ConfigError
+from megatron_fapo.errors import ConfigError, DataError
 from megatron_fapo.policy.settings import ParallelSettings
 from megatron_fapo.settings import build
 
 if TYPE_CHECKING:
     from megatron_fapo.policy.shapes import Survey
 
-EXAMPLE = "Example: fapo convert configs/models/qwen2.5-72b.json --check-shapes --tensor 8 --pipeline 4"
+EXAMPLE = "Example: fapo convert runs/fapo/checkpoint --to runs/fapo/model --like configs/clock/warm-start/policy"
+
+TOLERANCE = 1e-5
+"""Of logits in float32, relative to the largest, between the two implementations (--verify)."""
 
 
 def command(
     source: Annotated[Path, typer.Argument(help="Folder to convert, or a config.json for --check-shapes.")],
+    to: Annotated[Path | None, typer.Option(help="Folder to write; it appears when it is complete.")] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder whose config and tokenizer go with a run's checkpoint.")
+    ] = None,
+    shard_gigabytes: Annotated[float, typer.Option(help="Largest file of a Hugging Face folder.", min=0.001)] = 5.0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare logits with transformers; needs memory for the whole model.")
+    ] = False,
     check_shapes: Annotated[
         bool, typer.Option("--check-shapes", help="Build every rank without memory; compare with the checkpoint.")
     ] = False,
@@ -45,6 +57,37 @@ def command(
             "data": stage // tensor,  # enough ranks to hold every expert once
         }
         _check_shapes(source, build(ParallelSettings, axes, name="layout"), as_json)
+    elif to is None:
+        raise ConfigError("--to FOLDER says where the result goes; --check-shapes needs none")
+    else:
+        _convert(source, to, like, int(shard_gigabytes * 10**9), verify)
+
+
+def _convert(source: Path, to: Path, like: Path | None, shard_bytes: int, verify: bool) -> None:
+    from megatron_fapo.policy import convert
+    from megatron_fapo.policy.megatron_folder import is_checkpoint
+
+    if to.resolve() == source.resolve():
+        raise ConfigError(f"--to {to} is the folder that is read")
+    checkpoint = is_checkpoint(source)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    ) as bar:
+        task = bar.add_task(f"{source} → {to}", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if checkpoint:
+            convert.to_hugging_face(source, to, like, shard_bytes, show)
+        else:
+            convert.to_megatron(source, to, show)
+    if verify:
+        folder, megatron = (to, source) if checkpoint else (source, to)
+        gap, largest = convert.difference(folder, megatron)
+        typer.echo(f"logits differ by {gap:.1e} at most, the largest is {largest:.1f}")
+        if not gap <= TOLERANCE * max(largest, 1.0):
+            raise DataError(f"{to}: its logits are not those of {source}")
 
 
 def _check_shapes(config: Path, parallel: ParallelSettings, as_json: bool) -> None:

@@ -104,10 +104,15 @@ class _OwnLayers:
             whole = self._weight_merge_across_tp(name, list(shards), like)  # type: ignore[attr-defined]
         return list(zip(*self._weight_to_hf_format(name, whole), strict=True))  # type: ignore[attr-defined]
 
+    def sources(self, name: str) -> list[str]:
+        """The Hugging Face tensors that a parameter consists of."""
+        found: list[str] = self._weight_name_mapping_mcore_to_hf(name)  # type: ignore[attr-defined]
+        return found
+
     def from_hugging_face(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """A whole parameter, before tensor parallelism cuts it; `read` gives the tensor of a Hugging Face name."""
-        sources = self._weight_name_mapping_mcore_to_hf(name)  # type: ignore[attr-defined]
-        whole: torch.Tensor = self._weight_to_mcore_format(name, [read(source) for source in sources])  # type: ignore[attr-defined]
+        values = [read(source) for source in self.sources(name)]
+        whole: torch.Tensor = self._weight_to_mcore_format(name, values)  # type: ignore[attr-defined]
         return whole
 
     def shard(self, name: str, whole: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
@@ -173,6 +178,7 @@ def make_bridge(hf_config: Any, device: Device, dtype: torch.dtype, tensor_paral
     if rope(hf_config)[1] != 1.0:
         chosen["apply_rope_fusion"] = False  # Transformer Engine's kernel has no such factor
     bridge.set_extra_args(**chosen)
+    bridge.dtype = None  # else mbridge rounds what it reads to it, also where nothing of that dtype is written
     return bridge
 
 

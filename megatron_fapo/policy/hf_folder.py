@@ -17,8 +17,15 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 """Largest file of weights, as most of the hub's folders have it."""
 
+OF_WEIGHTS = (INDEX, "manifest.json", "metadata.json")
+"""What describes the weights of the folder it lies in, and no others."""
+
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 """What a folder holds beside its weights: config, tokenizer, chat template, generation settings."""
+
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""safetensors' names of the dtypes that weights come in; FP8 weights have scales beside them, which are not read."""
 
 
 class Weights:
@@ -49,6 +56,13 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape, from the file's header."""
         return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its dtype, from the file's header. Raises DataError for one that no weight here has."""
+        stored = self._handle(name).get_slice(name).get_dtype()
+        if stored not in DTYPES:
+            raise DataError(f"{self.folder}: {name} is stored as {stored}; supported: {', '.join(DTYPES)}")
+        return DTYPES[stored]
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor. Raises DataError naming the file when it is missing or damaged."""
@@ -156,7 +170,7 @@ def carry_along(source: Path, target: Path, **config_changes: Any) -> None:
     """Copy config, tokenizer, chat template and generation settings."""
     for pattern in COPIED:
         for file in source.glob(pattern):
-            if file.is_file() and not file.name.endswith("safetensors.index.json"):
+            if file.is_file() and file.name not in OF_WEIGHTS:
                 shutil.copy(file, target / file.name)
     if config_changes:
         config = json.loads((target / "config.json").read_text())

@@ -23,7 +23,7 @@ from megatron_fapo.batch.balance import crossover
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.compat.bridge import make_bridge
 from megatron_fapo.errors import ConfigError, DataError
-from megatron_fapo.policy import pieces
+from megatron_fapo.policy import megatron_folder, pieces
 from megatron_fapo.policy.hf_folder import Weights
 from megatron_fapo.policy.layouts import check_backend, check_layout
 from megatron_fapo.policy.logprobs import Projection
@@ -116,7 +116,10 @@ def build(settings: PolicySettings, device: Device) -> Model:
     hf_config = AutoConfig.from_pretrained(settings.model)
     check_backend(settings.parallel, device.backend)
     bridge, chunks = assemble(hf_config, settings, device)
-    pieces.load(bridge, chunks, Weights(settings.model))
+    if megatron_folder.is_checkpoint(settings.model):
+        megatron_folder.Checkpoint(settings.model).load(chunks)
+    else:
+        pieces.load(bridge, chunks, Weights(settings.model))
     for chunk in chunks:
         chunk.to(device.torch_device())
     parallel = tuple(

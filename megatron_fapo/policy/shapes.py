@@ -101,18 +101,25 @@ def survey(hf_config: Any, parallel: ParallelSettings) -> Survey:
 
     Needs a process without process groups, and leaves it so.
     """
-    settings = PolicySettings(model=Path(), parallel=parallel, dtype="bfloat16")
-    here = current()
-    device = dataclasses.replace(here, spec="local", transformer_flags={**NO_FUSIONS, "use_cpu_initialization": True})
-    device.install()
     produced, parts = [], []
     for rank in range(parallel.world):
-        with _pretending(rank, parallel), device.active(), torch.device("meta"):
-            bridge, chunks = assemble(hf_config, settings, device, **UNDRAWN)
+        with pretending(rank, parallel):
+            bridge, *chunks = without_memory(hf_config, parallel)
             part, tensors = _look(rank, bridge, chunks)
         parts.append(part)
         produced += tensors
     return Survey(expected=checkpoint_shapes(hf_config), produced=tuple(produced), ranks=tuple(parts))
+
+
+def without_memory(hf_config: Any, parallel: ParallelSettings) -> tuple[Any, ...]:
+    """The bridge and then this rank's modules, on the meta device. Raises ConfigError."""
+    settings = PolicySettings(model=Path(), parallel=parallel, dtype="bfloat16")
+    flags = {**NO_FUSIONS, "use_cpu_initialization": True}
+    device = dataclasses.replace(current(), spec="local", transformer_flags=flags)
+    device.install()
+    with device.active(), torch.device("meta"):
+        bridge, chunks = assemble(hf_config, settings, device, **UNDRAWN)
+    return bridge, *chunks
 
 
 def _look(rank: int, bridge: Any, chunks: Any) -> tuple[RankPart, list[tuple[str, tuple[int, ...]]]]:
@@ -152,7 +159,7 @@ def _first_copy(piece: Any) -> bool:
 
 
 @contextmanager
-def _pretending(rank: int, parallel: ParallelSettings) -> Iterator[None]:
+def pretending(rank: int, parallel: ParallelSettings) -> Iterator[None]:
     """To be one rank of many, among groups that send nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.world)
     try:

@@ -1,0 +1,42 @@
+"""`fapo convert` as a user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FAPO = str(Path(sys.executable).parent / "fapo")
+POLICY = ROOT / "configs" / "clock" / "warm-start" / "policy"
+
+
+def run(*arguments: object, status: int = 0) -> str:
+    result = subprocess.run(list(map(str, arguments)), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == status, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_there_and_back_with_logits_compared(tmp_path: Path) -> None:
+    assert "logits differ by" in run(FAPO, "convert", POLICY, "--to", tmp_path / "megatron", "--verify")
+    tool = (sys.executable, ROOT / "tools" / "convert.py")
+    run(*tool, tmp_path / "megatron", "--to", tmp_path / "model", "--shard-gigabytes", "0.001")
+    shards = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
+    assert len(shards) > 1
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "model" / name).read_bytes() == (POLICY / name).read_bytes()
+
+
+def test_check_shapes_as_table_and_as_json(tmp_path: Path) -> None:
+    config = "configs/models/qwen3-4b.json"
+    table = run(FAPO, "convert", config, "--check-shapes", "--pipeline", "2")
+    assert "each of the checkpoint's 398 tensors exactly once" in " ".join(table.split())
+    found = json.loads(run(FAPO, "convert", config, "--check-shapes", "--tensor", "2", "--json").splitlines()[-1])
+    assert found["problems"] == []
+    assert found["parameters"] == 4_022_468_096
+    assert [part["layers"] for part in found["ranks"]] == [36, 36]
+
+
+def test_a_wrong_call_says_what_to_do(tmp_path: Path) -> None:
+    assert "--to FOLDER says where the result goes" in run(FAPO, "convert", POLICY, status=1)
+    assert "is the folder that is read" in run(FAPO, "convert", POLICY, "--to", POLICY, status=1)
+    assert "no *.safetensors here" in run(FAPO, "convert", tmp_path, "--to", tmp_path / "x", status=1)
