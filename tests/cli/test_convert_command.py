@@ -13,7 +13,7 @@ POLICY = ROOT / "configs" / "clock" / "warm-start" / "policy"
 def run(*arguments: object, status: int = 0) -> str:
     result = subprocess.run(list(map(str, arguments)), cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == status, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    return result.stderr if status else result.stdout
 
 
 def test_there_and_back_with_logits_compared(tmp_path: Path) -> None:
