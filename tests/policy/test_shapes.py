@@ -105,7 +105,7 @@ def test_problems_are_named(elsewhere: Elsewhere) -> None:
 
 
 def test_what_cannot_be_surveyed_is_named(elsewhere: Elsewhere, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="tensor=8 does not divide num_attention_heads=28"):
+    with pytest.raises(ConfigError, match="tensor = 8 does not divide the model's num_attention_heads = 28"):
         elsewhere(survey, read_config(CONFIGS / "qwen2.5-7b.json"), ParallelSettings(**TENSOR8))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"config\.json"):
