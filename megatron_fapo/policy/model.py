@@ -268,6 +268,17 @@ def _optimizer(parallel: Sequence[Any], settings: PolicySettings, device: Device
     return optimizer
 
 
+def release(model: Model) -> None:
+    """Cut what keeps a model alive that nobody uses any more.
+
+    Gradient hooks and the config's callbacks lead from the model to itself through objects of C++, where Python's
+    collector does not look; with the model, its process groups and their threads would stay.
+    """
+    model.config.grad_scale_func = model.config.finalize_model_grads_func = None
+    for part in model.parallel:
+        part.grad_accs.clear()
+
+
 def _finalize(models: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
     """Reduce gradients over ranks, without Megatron's own division by the tokens it saw."""
     finalize_model_grads(models, None, **kwargs)

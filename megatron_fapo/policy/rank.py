@@ -5,6 +5,7 @@ marked *collective* wait for all ranks: call them on every rank with the same ar
 """
 
 import dataclasses
+import gc
 import math
 import socket
 import time
@@ -24,7 +25,7 @@ from megatron_fapo.held import HeldLayout
 from megatron_fapo.policy import export, forward, passes
 from megatron_fapo.policy.checkpoint import Checkpoints
 from megatron_fapo.policy.forward import Padded, Scores
-from megatron_fapo.policy.model import Model, build, connect, crossover_of
+from megatron_fapo.policy.model import Model, build, connect, crossover_of, release
 from megatron_fapo.policy.objective import loss_tokens
 from megatron_fapo.policy.offload import KINDS, Freed, Kind, Offload
 from megatron_fapo.policy.reference import Reference
@@ -85,9 +86,13 @@ class PolicyRank:
         return self._layout
 
     def shutdown(self) -> None:
-        """Leave the process groups; a save that runs is abandoned."""
+        """Leave the process groups and give back all memory and threads; a save that runs is abandoned."""
         if self._checkpoints is not None:
             self._checkpoints.abandon()
+        if self._model is not None:
+            release(self._model)
+        self._model = self._reference = self._export = self._offload = self._checkpoints = None
+        gc.collect()
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()

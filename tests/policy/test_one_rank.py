@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -276,3 +277,16 @@ def test_bfloat16_follows_float32(process: Process, qwen3: Path) -> None:
         reports.append(ranks.call("update", step_batch(0, ranks.layout), LossSettings())[0].updates[0])
     assert reports[1].loss == pytest.approx(reports[0].loss, rel=0.1)
     assert reports[1].grad_norm == pytest.approx(reports[0].grad_norm, rel=0.1)
+
+
+def test_a_rank_that_shuts_down_gives_its_groups_back(tmp_path: Path) -> None:
+    settings = policy_settings(save_tiny("Qwen3", tmp_path, head_dim=16))
+    with LocalRanks(settings) as ranks:
+        threads = []
+        for _ in range(3):
+            ranks.call("update", step_batch(0, ranks.layout), LOSS)
+            ranks.call("shutdown")
+            threads.append(psutil.Process(ranks._processes[0].pid).num_threads())
+            ranks._meet(settings, seed=1)
+    # Each life has about 50 threads, two or three for each process group. Four of them stay.
+    assert threads[2] - threads[1] < 10, f"{threads} threads after each shutdown"
