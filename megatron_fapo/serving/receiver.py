@@ -104,8 +104,7 @@ class SGLang:
         """
         if not self._loads:
             raise RequestRejected(
-                f"this SGLang server cannot read segments: start it with --custom-weight-loader {LOADER}, "
-                "or set publish.transport=disk"
+                f"this SGLang server cannot read segments: start it with --custom-weight-loader {LOADER}"
             )
         await self._command("/pause_generation", {"mode": "retract"})
         if self._session:
