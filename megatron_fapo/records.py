@@ -315,6 +315,16 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A number with its 95 % interval.  Example: `Interval(value=0.9, low=0.85, high=0.93)`."""
+
+    value: float
+    """NaN where there is nothing to estimate it from."""
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """What a held-out evaluation found; shares are of 1. Sound is an answer that is right, its process clean."""
 
@@ -324,6 +334,8 @@ class Evaluation:
     """avg@k: mean over prompts and samples."""
     pass_at: dict[int, float]
     """{k: share of prompts with at least one right among k samples}, unbiased (arXiv:2107.03374, Eq. 1)."""
+    maj_at: dict[int, float] = field(default_factory=dict)
+    """{k: share of prompts whose most frequent answer among k samples is right}, a tie broken by an even draw."""
     sound_share_judge: float | None
     """Right and clean by the judge, of all samples that have a verdict or are wrong; None without a judge."""
     verified_pass_at_judge: dict[int, float] | None
@@ -334,6 +346,8 @@ class Evaluation:
     """The same by the task's own oracle; None where it has none."""
     verified_pass_at_oracle: dict[int, float] | None
     """The same by the task's own oracle."""
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    """{"right_share", "pass_at/4", ...: 95 % interval}, under the names of the metrics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -369,16 +383,6 @@ class WeightVersion:
     """Over the digests of all tensors, in the order of their names."""
     tensors: int
     nbytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A number with its 95 % interval.  Example: `Interval(value=0.9, low=0.85, high=0.93)`."""
-
-    value: float
-    """NaN where there is nothing to estimate it from."""
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from megatron_fapo.algorithm.rewards import rewards
 from megatron_fapo.batch.pack import make_batch
 from megatron_fapo.cluster.cluster import Cluster
 from megatron_fapo.config import Config
-from megatron_fapo.evaluate import evaluate
+from megatron_fapo.evaluate.held_out import evaluate
 from megatron_fapo.observe.sinks import Sinks
 from megatron_fapo.records import RunState, WeightVersion
 from megatron_fapo.trace import Spans, SystemClock

@@ -31,7 +31,7 @@ def modules_loaded_by(code: str) -> set[str]:
         "import megatron_fapo.config, megatron_fapo.cli.main",
         "import megatron_fapo.rollout.sampler, megatron_fapo.judge.judge, megatron_fapo.publish.publisher",
         "import megatron_fapo.algorithm.rewards, megatron_fapo.algorithm.advantages, megatron_fapo.batch.pack",
-        "import megatron_fapo.tasks.registry, megatron_fapo.serving.client, megatron_fapo.evaluate",
+        "import megatron_fapo.tasks.registry, megatron_fapo.serving.client, megatron_fapo.evaluate.held_out",
         "from typer.testing import CliRunner; from megatron_fapo.cli.main import app; r = CliRunner().invoke(app, "
         "['train', 'configs/clock/fapo.yaml', '--check']); assert r.exit_code == 0, r.output",
         "from typer.testing import CliRunner; from megatron_fapo.cli.main import app; r = CliRunner().invoke(app, "

@@ -20,6 +20,7 @@ from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.rollout.settings import RolloutSettings
 from megatron_fapo.serving.client import ServerGroup
 from megatron_fapo.serving.launcher import launch
+from megatron_fapo.tasks.benchmarks import BenchmarkTask
 from megatron_fapo.tasks.interface import Task
 from megatron_fapo.tasks.registry import open_task as task_from
 from megatron_fapo.tasks.tokenizer import ChatTokenizer
@@ -38,9 +39,14 @@ async def open_servers(config: Config, logs: Path) -> AsyncIterator[dict[Role, S
 
 
 @asynccontextmanager
-async def open_task(config: Config) -> AsyncIterator[Task]:
-    """The run's task, with the policy's tokenizer; its checker is closed at the end."""
-    task = task_from(config.task, ChatTokenizer.load(Path(config.servers.policy.model)), config.train.seed)
+async def open_task(config: Config, benchmark: tuple[str, str | None] | None = None) -> AsyncIterator[Task]:
+    """The run's task, or a benchmark (name, source), with the policy's tokenizer; its checker is closed at the end."""
+    tokenizer = ChatTokenizer.load(Path(config.servers.policy.model))
+    task: Task
+    if benchmark is None:
+        task = task_from(config.task, tokenizer, config.train.seed)
+    else:
+        task = BenchmarkTask(*benchmark, tokenizer, config.train.seed)
     try:
         yield task
     finally:
@@ -62,14 +68,16 @@ def make_sampler(config: Config, task: Task, servers: Mapping[Role, ServerGroup]
     return _sampler(config, config.rollout, config.judge, task, servers, watcher)
 
 
-def make_evaluator(config: Config, task: Task, servers: Mapping[Role, ServerGroup]) -> Sampler:
+def make_evaluator(
+    config: Config, task: Task, servers: Mapping[Role, ServerGroup], watcher: Watcher | None = None
+) -> Sampler:
     """The sampler of held-out evaluation: its temperature and group size, and a judge that skips nothing."""
     evaluation = config.evaluation
     rollout = config.rollout.changed(
         group_size=evaluation.samples, temperature=evaluation.temperature, top_p=evaluation.top_p
     )
     judge = config.judge.changed(skip=False, probe_share=0.0, audit=None)
-    return _sampler(config, rollout, judge, task, servers, Watcher())
+    return _sampler(config, rollout, judge, task, servers, watcher or Watcher())
 
 
 def _sampler(

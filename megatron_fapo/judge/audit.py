@@ -58,8 +58,8 @@ class Counts:
         return self.fp + self.tn
 
 
-def wilson(hits: int, trials: int) -> Interval:
-    """A share with Wilson's 95 % score interval (Wilson 1927)."""
+def wilson(hits: float, trials: float) -> Interval:
+    """A share with Wilson's 95 % score interval (Wilson 1927); trials need not be whole (an effective number)."""
     if trials == 0:
         return Interval(value=math.nan, low=0.0, high=1.0)
     share, z2 = hits / trials, Z * Z

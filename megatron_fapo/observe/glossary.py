@@ -131,6 +131,11 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(name="eval/pass_at/{k}", unit="share", description="Prompts with a right answer among k samples, unbiased."),
     Metric(
+        name="eval/maj_at/{k}",
+        unit="share",
+        description="Prompts whose most frequent answer among k samples is right; a tie is broken by an even draw.",
+    ),
+    Metric(
         name="eval/verified_pass_at_judge/{k}",
         unit="share",
         description="Prompts with a right answer and clean process (judge) among k samples, unbiased.",

@@ -98,8 +98,10 @@ class Sampler:
     async def _draw(self, step: int, cursor: int, count: int) -> list[Group]:
         return await self.sample(step, [self._task.prompt(cursor + offset) for offset in range(count)])
 
-    async def sample(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
-        """Groups of the given prompts, in their order.
+    async def sample(
+        self, step: int, prompts: Sequence[Prompt], done: Callable[[Group], None] = lambda group: None
+    ) -> list[Group]:
+        """Groups of the given prompts, in their order; `done` is told each as soon as it is complete.
 
         The first error of any group ends the others. Raises JudgeError when too many verdicts failed.
         """
@@ -109,8 +111,14 @@ class Sampler:
                     f"prompt {prompt.id} has {len(prompt.token_ids)} tokens, rollout.max_prompt_tokens is "
                     f"{self._settings.max_prompt_tokens}: raise it or leave the row out"
                 )
+
+        async def group(prompt: Prompt, end: StepEnd) -> Group:
+            found = await self._group(step, prompt, end)
+            done(found)
+            return found
+
         async with self.judge.step(len(prompts)) as end:
-            groups = await all_or_first_error([self._group(step, prompt, end) for prompt in prompts])
+            groups = await all_or_first_error([group(prompt, end) for prompt in prompts])
         self.judge.check(groups)
         return groups
 

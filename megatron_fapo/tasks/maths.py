@@ -21,15 +21,18 @@ class Problem:
 
 
 def parse_row(row: rows.Row) -> Problem:
-    """A row in the ecosystem's format (chat and ground truth) or in that of DAPO-Math-17k-Processed (two texts).
+    """A row in the ecosystem's format (chat and ground truth), in that of DAPO-Math-17k-Processed (prompt and solution
+    as text), or in that of AIME and MATH (problem and answer).
 
-    Raises ValueError when it is neither.
+    Raises ValueError when it is none of them.
     """
     if isinstance(row.get("prompt"), str):
         question, answer = row["prompt"], row.get("solution")
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(f"solution must be the answer as text, found {answer!r:.100}")
         return Problem(question=question, messages=solve_prompt(question), answer=answer.strip())
+    if rows.text_of(row, "problem", "question"):
+        return problem_of_texts(row)
     messages = rows.messages_of(row)
     answer = str(rows.ground_truth_of(row)).strip()
     if not answer:
@@ -37,6 +40,28 @@ def parse_row(row: rows.Row) -> Problem:
     extra = row.get("extra_info") or {}
     question = extra.get("question") or messages[-1].content.removesuffix(INSTRUCTION)
     return Problem(question=question, messages=messages, answer=answer)
+
+
+def problem_of_texts(row: rows.Row) -> Problem:
+    r"""A row with `problem` (or `question`) and `answer`, or, as in MATH, a `solution` whose last `\boxed{}` holds it.
+
+    Column names in any case. Raises ValueError when either is missing.
+    """
+    question = rows.text_of(row, "problem", "question")
+    answer = rows.text_of(row, "answer") or last_boxed(rows.text_of(row, "solution")) or ""
+    if not question or not answer.strip():
+        raise ValueError(f"needs a problem and its answer as texts, found columns {sorted(row)!r:.200}")
+    return Problem(question=question, messages=solve_prompt(question), answer=answer.strip())
+
+
+async def check_boxed(checker: MathsChecker, reference: str, text: str) -> Outcome:
+    r"""Right when the last `\boxed{}` of `text` is mathematically equal to the reference answer."""
+    answer = last_boxed(text)
+    if answer is None:
+        return Outcome(right=False, score=-1.0, answer=None, why="no answer")
+    why = await checker.compare(reference, answer)
+    right = why == "equal"
+    return Outcome(right=right, score=1.0 if right else -1.0, answer=answer, why=why)
 
 
 class MathTask:
@@ -64,12 +89,7 @@ class MathTask:
 
     async def check(self, prompt: Prompt, text: str) -> Outcome:
         r"""Right when the last `\boxed{}` is mathematically equal to the reference answer."""
-        answer = last_boxed(text)
-        if answer is None:
-            return Outcome(right=False, score=-1.0, answer=None, why="no answer")
-        why = await self._checker.compare(prompt.reference_answer, answer)
-        right = why == "equal"
-        return Outcome(right=right, score=1.0 if right else -1.0, answer=answer, why=why)
+        return await check_boxed(self._checker, prompt.reference_answer, text)
 
     def oracle(self, prompt: Prompt, text: str) -> int | None:
         """None: nobody knows every step of a proof."""

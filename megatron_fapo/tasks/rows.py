@@ -18,8 +18,10 @@ Row = Mapping[str, Any]
 Parsed = TypeVar("Parsed")
 
 
-def read(source: str, config: str = "all") -> Iterator[tuple[str, Row]]:
-    """(place, row) of a .jsonl or .parquet file, or of split "train" of a data set on the hub (or in a folder).
+def read(source: str, config: str = "all", split: str = "train") -> Iterator[tuple[str, Row]]:
+    """(place, row) of a .jsonl, .json or .parquet file, or of a data set on the hub (or in a folder).
+
+    A .json file holds a list of rows, or a row a line.
 
     Raises DataError when there is nothing to read or a line is not a row.
     """
@@ -27,8 +29,26 @@ def read(source: str, config: str = "all") -> Iterator[tuple[str, Row]]:
     if path.suffix in (".jsonl", ".json", ".parquet"):
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-        return _parquet(path) if path.suffix == ".parquet" else _json_lines(path)
-    return _data_set(source, config)
+        if path.suffix == ".parquet":
+            return _parquet(path)
+        return _json_list(path) if path.suffix == ".json" and _is_list(path) else _json_lines(path)
+    return _data_set(source, config, split)
+
+
+def _is_list(path: Path) -> bool:
+    with path.open(encoding="utf-8") as file:
+        return file.read(1000).lstrip().startswith("[")
+
+
+def _json_list(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    for number, row in enumerate(found, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: must be a JSON object, found {type(row).__name__}")
+        yield f"{path}, row {number}", row
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -61,11 +81,11 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
             yield f"{path}, row {number}", row
 
 
-def _data_set(source: str, config: str) -> Iterator[tuple[str, Row]]:
+def _data_set(source: str, config: str, split: str) -> Iterator[tuple[str, Row]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(source, config, split="train")
+        rows = datasets.load_dataset(source, config, split=split)
     except (OSError, ValueError) as error:
         # DatasetNotFoundError and the hub's HTTP and connection errors are OSErrors, an unknown config a ValueError.
         raise DataError(f"data set {source!r}, config {config!r}: cannot be loaded: {error}") from None
@@ -82,6 +102,16 @@ def parse_all(rows: Iterator[tuple[str, Row]], parse: Callable[[Row], Parsed]) -
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
     return parsed
+
+
+def text_of(row: Row, *names: str) -> str:
+    """The first of these columns, named in any case, that holds a text or an integer; empty where none does."""
+    columns = {str(name).lower(): value for name, value in row.items() if value is not None}
+    for name in names:
+        value = columns.get(name)
+        if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
+            return str(value).strip()
+    return ""
 
 
 def messages_of(row: Row) -> tuple[Message, ...]:

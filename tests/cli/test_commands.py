@@ -71,9 +71,21 @@ def test_eval_measures_right_and_sound_shares_on_held_out_prompts():
     for judged in (result["verified_pass_at_judge"], result["verified_pass_at_oracle"]):
         assert all(judged[k] <= result["pass_at"][k] for k in judged)
     assert result["sound_share_oracle"] < result["right_share"]
-    table = fapo("eval", "configs/clock/fapo.yaml", *small, "judge.enabled=false")
-    assert "pass@4" in table
-    assert "–" in table
+
+
+def test_eval_on_a_benchmark_keeps_its_samples(tmp_path):
+    question = "Compute on a 20-hour clock: 17 + 8 - 9 = ? (mod 5)"
+    (tmp_path / "aime.json").write_text(json.dumps([{"problem": question, "answer": 1}, {"problem": "?", "answer": 7}]))
+    on = ("--on", f"aime24={tmp_path / 'aime.json'}", "--out", tmp_path / "out")
+    table = fapo("eval", "configs/clock/fapo.yaml", "evaluation.samples=4", "judge.enabled=false", *on)
+    assert "aime24: 2 prompts, 4 samples each" in " ".join(table.split())
+    assert "maj@4" in table
+    assert "sound" not in table, "without judge and oracle nobody knows"
+    head, *prompts = map(json.loads, (tmp_path / "out" / "aime24.jsonl").read_text().splitlines())
+    assert head["samples"] == 4
+    assert {prompt["question"]: len(prompt["samples"]) for prompt in prompts} == {question: 4, "?": 4}
+    result = json.loads((tmp_path / "out" / "result.json").read_text())["aime24"]
+    assert result["right_share"] == sum(one["right"] for prompt in prompts for one in prompt["samples"]) / 8
 
 
 def test_serve_answers_and_ends_when_told(tmp_path):

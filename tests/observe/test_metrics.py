@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_fapo.evaluate import Evaluation
 from megatron_fapo.observe.glossary import METRICS, glossary, metric
 from megatron_fapo.observe.metrics import declared, evaluation_metrics, step_metrics, without_time
 from megatron_fapo.records import (
+    Evaluation,
     Group,
     Judged,
     NotJudged,

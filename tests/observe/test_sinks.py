@@ -203,11 +203,14 @@ def test_two_runs_of_the_same_steps_agree_but_for_the_clock(tmp_path):
 
 def test_an_evaluation_stands_in_its_step_and_the_last_one_alone(tmp_path):
     from megatron_fapo.config import dump_config
-    from megatron_fapo.evaluate import summarise as summarise_evaluation
+    from megatron_fapo.evaluate.kept import samples_of
+    from megatron_fapo.evaluate.scores import summarise as summarise_evaluation
 
     config = config_of("fapo", 1, "observe.report=true")
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    evaluation = summarise_evaluation(make_groups("fapo", 0, 0.5, Random(1)))
+    evaluation = summarise_evaluation(
+        [samples_of(group) for group in make_groups("fapo", 0, 0.5, Random(1))], judge=True
+    )
     with open_sinks(config.observe, tmp_path, config=config.model_dump(mode="json")) as sinks:
         sinks.write_evaluation(7, evaluation)
     assert [step for step, _ in read_metrics(tmp_path / "metrics.jsonl")] == [7]
