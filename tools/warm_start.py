@@ -2,6 +2,7 @@
 
     python tools/warm_start.py                                    configs/clock/warm_start.yaml
     python tools/warm_start.py --config MINE.yaml --out FOLDER policy.steps=500
+    python tools/warm_start.py --only judge --out FOLDER judge.steps=500
 
 Each becomes an ordinary Hugging Face folder. Tokenizer and random weights come first, then supervised training by
 the same Megatron policy that reinforcement learning uses, on one rank. The same configuration gives the same weights
@@ -11,7 +12,7 @@ on the same machine.
 import argparse
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,7 @@ from megatron_fapo.tasks.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG_EVERY = 100
+MODELS = ("policy", "judge")
 
 log = logging.getLogger("warm_start")
 
@@ -92,14 +94,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "clock" / "warm_start.yaml")
     parser.add_argument("--out", type=Path, default=ROOT / "configs" / "clock" / "warm-start")
+    parser.add_argument("--only", choices=MODELS, help="make one of the two [default: both]")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    make(load(WarmStartSettings, arguments.config, arguments.overrides), arguments.out)
+    models = MODELS if arguments.only is None else (arguments.only,)
+    make(load(WarmStartSettings, arguments.config, arguments.overrides), arguments.out, models)
 
 
-def make(settings: WarmStartSettings, out: Path) -> None:
-    """Train policy and judge into `out/policy` and `out/judge`, replacing what is there."""
+def make(settings: WarmStartSettings, out: Path, models: Sequence[str] = MODELS) -> None:
+    """Train policy and judge, or one of them, into `out/policy` and `out/judge`, replacing what is there."""
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder)
         clock_tokenizer.save(settings.task, start)
@@ -114,10 +118,12 @@ def make(settings: WarmStartSettings, out: Path) -> None:
             messages, verdict = task.critic_example(index)
             return example(f"c{index}", tokenizer, tokenizer.encode_chat(messages).tolist(), verdict)
 
-        random_model(settings, settings.policy.seed, tokenizer, start)
-        train("policy", settings, settings.policy, start, policy_example, out / "policy")
-        random_model(settings, settings.judge.seed, tokenizer, start)
-        train("judge", settings, settings.judge, start, judge_example, out / "judge")
+        if "policy" in models:
+            random_model(settings, settings.policy.seed, tokenizer, start)
+            train("policy", settings, settings.policy, start, policy_example, out / "policy")
+        if "judge" in models:
+            random_model(settings, settings.judge.seed, tokenizer, start)
+            train("judge", settings, settings.judge, start, judge_example, out / "judge")
 
 
 def example(name: str, tokenizer: ChatTokenizer, prompt: list[int], text: str) -> SupervisedExample:

@@ -51,7 +51,7 @@ def command(
     if predictions is None:
         predictions = out
         key = None if api_key_file is None else api_key_file.read_text().strip()
-        _ask(rows, _Judge(model, url, endpoint, name, key), prompt, out, settings or [])
+        _ask(rows, JudgeAt(model, url, endpoint, name, key), prompt, out, settings or [])
     report = score(rows, read_predictions(predictions))
     if as_json:
         typer.echo(json.dumps(report.as_json()))
@@ -59,14 +59,14 @@ def command(
         _show(report, f"prompt: {prompt}" if ways["--predictions"] is None else "given predictions")
 
 
-class _Judge:
-    """How the judge is reached."""
+class JudgeAt:
+    """How a judge is reached: a folder that is served for the command, a running server, or an endpoint."""
 
     def __init__(
         self, model: Path | None, url: str | None, endpoint: str | None, name: str | None, key: str | None
     ) -> None:
         if endpoint is not None and name is None:
-            raise ConfigError("bench-judge: --endpoint needs --name, the model's name there")
+            raise ConfigError("--endpoint needs --name, the model's name there")
         self.model, self.url, self.endpoint, self.name, self.key = model, url, endpoint, name, key
 
     @property
@@ -101,7 +101,7 @@ class _Judge:
             yield Served(await stack.enter_async_context(launch(chosen, "judge", logs)), tokenizer)
 
 
-def _ask(rows: "list[Row]", judge: _Judge, form: Literal["fapo", "original"], out: Path, given: list[str]) -> None:
+def _ask(rows: "list[Row]", judge: JudgeAt, form: Literal["fapo", "original"], out: Path, given: list[str]) -> None:
     from megatron_fapo.judge.bench_run import check_references, predict
     from megatron_fapo.judge.settings import JudgeSettings
     from megatron_fapo.settings import build
