@@ -2,9 +2,10 @@
 
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Annotated, Any
 
 import yaml
@@ -235,15 +236,48 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+SHAPES = Path("configs/models")
+"""Hugging Face configs of models whose weights may be elsewhere: `models/Qwen2.5-32B` is described by
+`qwen2.5-32b.json` in here."""
+
+
+def shape_file(folder: Path | str) -> Path | None:
+    """The config.json of a model: in its folder, else the one that is shipped under its name, else None."""
+    shipped = SHAPES / f"{Path(folder).name.lower()}.json"
+    return next((path for path in (Path(folder) / "config.json", shipped) if path.is_file()), None)
+
+
+def read_shape(folder: Path | str) -> dict[str, Any]:
+    """What `shape_file` holds. Raises ConfigError when there is none, or it is not JSON."""
+    path = shape_file(folder)
+    if path is None:
+        raise ConfigError(f"{folder}: no Hugging Face model there (config.json is missing), and none known by its name")
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+
+
 def check_surroundings(config: Config) -> None:
     """What must hold on this machine before anything starts: models and data exist and fit, fixed ports are free.
 
     Raises ConfigError.
     """
-    model = _model_config("policy.model", config.policy.model)
+    for lack in lacking(config):
+        raise ConfigError(lack)
+
+
+def lacking(config: Config) -> list[str]:
+    """What the run needs and this machine has not, each with what to do; all else of its surroundings is checked.
+
+    A model whose weights are elsewhere is checked by the config that is shipped under its name. Raises ConfigError for
+    what is wrong wherever the run takes place.
+    """
+    lacks = list(_model_lacks(config))
+    model = read_shape(config.policy.model)
     check_layout(model, config.policy.parallel)
     if config.policy.fp8 is not None and find_spec("transformer_engine") is None:
-        raise ConfigError(
+        lacks.append(
             "policy.fp8 needs Transformer Engine, which is not installed (it needs CUDA): install "
             "transformer-engine[pytorch,core_cu13], or leave policy.fp8 out"
         )
@@ -254,26 +288,35 @@ def check_surroundings(config: Config) -> None:
             f"max_position_embeddings = {model['max_position_embeddings']}"
         )
     for role, server in config.started_servers():
-        _model_config(f"servers.{role}.model", server.model)
+        if server.engine == "sglang" and which(server.sglang.python) is None:
+            lacks.append(
+                f"servers.{role}.sglang.python = {server.sglang.python}: no such program; name the Python of SGLang's "
+                "own environment"
+            )
         server.api_key()
         for port in _fixed_ports(server):
             _check_port(f"servers.{role}.port", server.host, port)
     for key in ("train", "held_out"):
         source = getattr(config.task, key, None)
         if source is not None and Path(source).suffix in (".parquet", ".jsonl") and not Path(source).is_file():
-            raise ConfigError(f"task.{key} = {source}: no such file")
+            lacks.append(f"task.{key} = {source}: no such file")
+    return lacks
 
 
-def _model_config(key: str, folder: Path | str) -> dict[str, Any]:
-    """config.json of a Hugging Face folder."""
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{key} = {folder}: no Hugging Face model there (config.json is missing)") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
-    return dict(values)
+def _model_lacks(config: Config) -> Iterator[str]:
+    """Models whose folders are not here. Raises ConfigError when a model is not described in `SHAPES` either."""
+    keys: dict[str, list[str]] = {str(config.policy.model): ["policy.model"]}
+    for role, server in config.started_servers():
+        keys.setdefault(str(Path(server.model)), []).append(f"servers.{role}.model")
+    for folder, named in keys.items():
+        if not (Path(folder) / "config.json").is_file():
+            lack = (
+                f"{', '.join(named)} = {folder}: no Hugging Face model there (config.json is missing); "
+                f"`hf download OWNER/NAME --local-dir {folder}` fetches one from the hub"
+            )
+            if shape_file(folder) is None:
+                raise ConfigError(lack)
+            yield lack
 
 
 def _check_port(key: str, host: str, port: int) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from megatron_fapo.config import read_config, shape_file
 from megatron_fapo.errors import ConfigError, DataError
 from megatron_fapo.policy.settings import ParallelSettings
 from megatron_fapo.settings import build
@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 
 
 def command(
-    source: Annotated[Path, typer.Argument(help="Folder to convert, or a config.json for --check-shapes.")],
+    source: Annotated[Path, typer.Argument(help="Folder to convert. --check-shapes: a config.json or a run's YAML.")],
     to: Annotated[Path | None, typer.Option(help="Folder to write; it appears when it is complete.")] = None,
     like: Annotated[
         Path | None, typer.Option(help="Hugging Face folder whose config and tokenizer go with a run's checkpoint.")
@@ -46,7 +46,6 @@ def command(
 ) -> None:
     """Convert a Hugging Face folder into a Megatron checkpoint, or back; or check a layout at a model's true size."""
     if check_shapes:
-        stage = lcm(tensor, expert * expert_tensor)
         axes = {
             "tensor": tensor,
             "sequence": tensor > 1,
@@ -54,13 +53,30 @@ def command(
             "virtual_pipeline": virtual_pipeline,
             "expert": expert,
             "expert_tensor": expert_tensor,
-            "data": stage // tensor,  # enough ranks to hold every expert once
+            "data": expert * expert_tensor,
         }
-        _check_shapes(source, build(ParallelSettings, axes, name="layout"), as_json)
+        if source.suffix in (".yaml", ".yml"):
+            source, parallel = _of_run(source, axes)
+        else:
+            parallel = build(ParallelSettings, axes, name="layout")
+        _check_shapes(source, parallel.with_fewest_copies(), as_json)
     elif to is None:
         raise ConfigError("--to FOLDER says where the result goes; --check-shapes needs none")
     else:
         _convert(source, to, like, int(shard_gigabytes * 10**9), verify)
+
+
+def _of_run(path: Path, axes: dict[str, int | bool]) -> tuple[Path, ParallelSettings]:
+    """The model's config and the layout that a run's configuration names. Raises ConfigError."""
+    if any(size > 1 for size in axes.values()):
+        raise ConfigError(f"{path} says the layout itself: leave --tensor, --pipeline and so on out")
+    config = read_config(path)
+    shape = shape_file(config.policy.model)
+    if shape is None:
+        raise ConfigError(
+            f"policy.model = {config.policy.model}: no Hugging Face model there, nor a config of its name"
+        )
+    return shape, config.policy.parallel
 
 
 def _convert(source: Path, to: Path, like: Path | None, shard_bytes: int, verify: bool) -> None:
@@ -91,9 +107,9 @@ def _convert(source: Path, to: Path, like: Path | None, shard_bytes: int, verify
 
 
 def _check_shapes(config: Path, parallel: ParallelSettings, as_json: bool) -> None:
-    from megatron_fapo.policy.shapes import read_config, survey
+    from megatron_fapo.policy import shapes
 
-    found = survey(read_config(config), parallel)
+    found = shapes.survey(shapes.read_config(config), parallel)
     if as_json:
         summary = {
             "tensors": len(found.expected),

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_fapo.cli.arguments import ConfigPath, Overrides
-from megatron_fapo.config import Config, check_surroundings, dump_config, read_config
+from megatron_fapo.config import Config, check_surroundings, dump_config, lacking, read_config
 from megatron_fapo.errors import CheckpointDamaged, ConfigError, ResumeError
 from megatron_fapo.records import RunState
 from megatron_fapo.run.folder import RunFolder
@@ -28,19 +28,17 @@ def command(
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/CONFIG-sSEED]")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Check the configuration and its surroundings, then stop.")
+        bool, typer.Option("--check", help="Check the configuration, say what this machine lacks for it, then stop.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
 ) -> None:
     """Train a policy. SIGTERM or Ctrl-C saves a checkpoint and ends the run with exit status 75: --resume goes on."""
     settings = read_config(config, overrides or ())
-    check_surroundings(settings)
     folder = RunFolder(run or Path("runs") / f"{config.stem}-s{settings.train.seed}")
     if check:
-        typer.echo(
-            f"{config}: {settings.policy.parallel.world} training rank(s), run folder {folder.path}: all checks passed"
-        )
+        _report(config, settings, folder)
         return
+    check_surroundings(settings)
     if folder.started() and not resume:
         raise ConfigError(f"{folder.path} holds a run already: add --resume to go on, or choose another with --run")
     if resume:
@@ -48,6 +46,18 @@ def command(
     state = asyncio.run(run_training(settings, folder, resume=resume))
     if state.step < settings.train.steps:
         raise typer.Exit(STOPPED)
+
+
+def _report(path: Path, config: Config, folder: RunFolder) -> None:
+    """What was checked, and what cannot be on this machine. Raises ConfigError for what is wrong on any."""
+    lacks = lacking(config)
+    what = f"{path}: {config.policy.parallel.world} training rank(s), run folder {folder.path}"
+    if not lacks:
+        typer.echo(f"{what}: all checks passed")
+        return
+    typer.echo(f"{what}: passed, as far as can be checked here. The run also needs:")
+    for lack in lacks:
+        typer.echo(f"- {lack}")
 
 
 MAY_CHANGE = ("train.steps", "observe.", "checkpoint.", "evaluation.", "cluster.", "policy.threads", "policy.timeout")

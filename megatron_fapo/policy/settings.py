@@ -1,5 +1,6 @@
 """Settings of the policy: its model, how it is spread over ranks, its optimizer."""
 
+from math import lcm
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -44,6 +45,11 @@ class ParallelSettings(Settings):
     def world(self) -> int:
         """Number of ranks."""
         return self.tensor * self.pipeline * self.context * self.data
+
+    def with_fewest_copies(self) -> Self:
+        """The same layout with the smallest `data` that still holds every expert once."""
+        share = self.tensor * self.context
+        return self.changed(data=lcm(share, self.expert * self.expert_tensor) // share)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

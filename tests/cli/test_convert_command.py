@@ -34,6 +34,10 @@ def test_check_shapes_as_table_and_as_json(tmp_path: Path) -> None:
     assert found["problems"] == []
     assert found["parameters"] == 4_022_468_096
     assert [part["layers"] for part in found["ranks"]] == [36, 36]
+    table = run(FAPO, "convert", "configs/qwen2.5-math-7b.yaml", "--check-shapes")
+    assert "7,615,616,512 parameters, tensor 2" in " ".join(table.split())
+    twice = run(FAPO, "convert", "configs/qwen2.5-math-7b.yaml", "--check-shapes", "--tensor", "4", status=1)
+    assert "says the layout itself" in twice
 
 
 def test_a_wrong_call_says_what_to_do(tmp_path: Path) -> None:

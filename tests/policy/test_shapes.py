@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from megatron_fapo.config import read_config as read_run
 from megatron_fapo.errors import ConfigError, DataError
 from megatron_fapo.policy.settings import ParallelSettings
 from megatron_fapo.policy.shapes import Survey, checkpoint_shapes, read_config, survey
@@ -19,36 +20,42 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 # parameters as the index of the published checkpoint has them: half of its `total_size` in bytes
 PUBLISHED = {
     "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-math-7b": 7_615_616_512,
     "qwen2.5-32b": 32_763_876_352,
     "qwen2.5-72b": 72_706_203_648,
     "llama-3.3-70b": 70_553_706_496,
     "qwen3-4b": 4_022_468_096,
+    "fapo-genrm-4b": 4_022_468_096,
     "qwen3-30b-a3b": 30_532_122_624,
 }
 TENSOR8 = {"tensor": 8, "sequence": True}
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2.5-7b", {"tensor": 4, "sequence": True}),
-    ("qwen2.5-32b", TENSOR8),
     ("qwen2.5-32b", {"tensor": 4, "pipeline": 4, "virtual_pipeline": 4}),
     ("qwen2.5-72b", {**TENSOR8, "pipeline": 4}),
-    ("llama-3.3-70b", {**TENSOR8, "pipeline": 4}),
     ("qwen3-4b", {"tensor": 2, "pipeline": 2}),
+    ("fapo-genrm-4b", {"tensor": 2, "sequence": True}),
     ("qwen3-30b-a3b", {"tensor": 4, "sequence": True, "expert": 4}),
-    ("qwen3-30b-a3b", {"tensor": 4, "sequence": True, "expert": 8, "data": 2}),
     ("qwen3-30b-a3b", {"pipeline": 4, "expert": 4, "data": 4}),
 ]
-
-
+"""Layouts beside those of the shipped runs."""
+RUNS = {path.stem: read_run(path).policy for path in sorted(CONFIGS.parent.glob("*.yaml"))}
 CASES = [
-    pytest.param(name, axes, id=f"{name} {axes}", marks=[pytest.mark.long] if "data" in axes else [])
-    for name, axes in LAYOUTS
+    *((name, ParallelSettings(**axes), f"{name} {axes}") for name, axes in LAYOUTS),
+    *((run.model.name.lower(), run.parallel.with_fewest_copies(), f"{name}.yaml") for name, run in RUNS.items()),
+]
+LONG = ("qwen3-30b-a3b {", "qwen2.5-72b")
+MARKED = [
+    pytest.param(name, parallel, id=case, marks=[pytest.mark.long] if case.startswith(LONG) else [])
+    for name, parallel, case in CASES
 ]
 
 
-@pytest.mark.parametrize(("name", "axes"), CASES)
-def test_every_tensor_exactly_once_and_the_ranks_add_up(elsewhere: Elsewhere, name: str, axes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "parallel"), MARKED)
+def test_every_tensor_exactly_once_and_the_ranks_add_up(
+    elsewhere: Elsewhere, name: str, parallel: ParallelSettings
+) -> None:
     config = read_config(CONFIGS / f"{name}.json")
-    parallel = ParallelSettings(**axes)
     found: Survey = elsewhere(survey, config, parallel)
     assert found.problems() == []
     assert found.parameters == PUBLISHED[name]
@@ -57,7 +64,9 @@ def test_every_tensor_exactly_once_and_the_ranks_add_up(elsewhere: Elsewhere, na
 
 
 def test_every_shipped_config_is_surveyed() -> None:
-    assert {file.stem for file in CONFIGS.glob("*.json")} == set(PUBLISHED) == {name for name, _ in LAYOUTS}
+    surveyed = {name for name, _ in LAYOUTS} | {run.model.name.lower() for run in RUNS.values()}
+    assert {file.stem for file in CONFIGS.glob("*.json")} == set(PUBLISHED) == surveyed
+    assert set(RUNS) >= {"qwen2.5-math-7b", "qwen2.5-32b", "llama-3.3-70b", "qwen3-30b-a3b"}
 
 
 ODD = {"vocab_size": 71, "tie_word_embeddings": True, "max_position_embeddings": 64, "num_hidden_layers": 2}
