@@ -277,6 +277,11 @@ def release(model: Model) -> None:
     model.config.grad_scale_func = model.config.finalize_model_grads_func = None
     for part in model.parallel:
         part.grad_accs.clear()
+    for module in (module for chunk in model.chunks for module in chunk.modules()):
+        dispatcher = getattr(module, "token_dispatcher", None)
+        for name, value in vars(dispatcher).items() if dispatcher is not None else ():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:  # the last microbatch's whole graph
+                setattr(dispatcher, name, None)
 
 
 def _finalize(models: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:

@@ -31,6 +31,7 @@ from tests.policy.lives import (
     scores,
     step_batch,
 )
+from tests.policy.matrix import save_moe
 
 Process = Callable[[PolicySettings], LocalRanks]
 
@@ -279,8 +280,11 @@ def test_bfloat16_follows_float32(process: Process, qwen3: Path) -> None:
     assert reports[1].grad_norm == pytest.approx(reports[0].grad_norm, rel=0.1)
 
 
-def test_a_rank_that_shuts_down_gives_its_groups_back(tmp_path: Path) -> None:
-    settings = policy_settings(save_tiny("Qwen3", tmp_path, head_dim=16))
+@pytest.mark.parametrize(
+    "save", [lambda folder: save_tiny("Qwen3", folder, head_dim=16), save_moe], ids=["dense", "moe"]
+)
+def test_a_rank_that_shuts_down_gives_its_groups_back(save: Callable[[Path], Path], tmp_path: Path) -> None:
+    settings = policy_settings(save(tmp_path))
     with LocalRanks(settings) as ranks:
         threads = []
         for _ in range(3):
