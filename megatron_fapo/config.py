@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -56,6 +56,8 @@ class ClusterSettings(Settings):
     """Training ranks; must be the product of the sizes in policy.parallel. Null takes that product."""
     nodes: Annotated[int, Field(gt=0)] = 1
     """Nodes over which the ranks are spread, equally many on each. Rank 0, the servers and the loop share the first."""
+    placement: Literal["split", "colocated"] = "split"
+    """Whether ranks and servers have devices of their own, or share all of them in turn (`docs/colocation.md`)."""
     ray_address: str | None = None
     """Address of a running Ray cluster; null starts one on this machine for the run."""
     setup_deadline: Annotated[float, Field(gt=0)] = 600.0
@@ -95,11 +97,16 @@ class Config(Settings):
     """Training ranks and Ray."""
 
     def server(self, role: Role) -> ServerSettings:
-        """The servers of a role, deterministic when the run is."""
+        """The servers of a role: deterministic when the run is, able to sleep when they share their devices."""
         settings = {"policy": self.servers.policy, "judge": self.servers.judge}.get(role)
         if settings is None:
             raise ConfigError(f"servers.{role} is missing")
-        return settings.changed(deterministic=self.train.deterministic or settings.deterministic)
+        settings = settings.changed(deterministic=self.train.deterministic or settings.deterministic)
+        if self.cluster.placement == "split":
+            return settings
+        sglang = settings.sglang.changed(memory_saver=True) if settings.engine == "sglang" else settings.sglang
+        # The policy is sent its weights after each sleep; nobody sends the judge its own.
+        return settings.changed(sglang=sglang, weights_cpu_backup=settings.weights_cpu_backup or role == "judge")
 
     @property
     def batching(self) -> BatchSettings:
@@ -192,6 +199,12 @@ class Config(Settings):
                 f"servers.policy.dtype = {policy.dtype}, but policy.dtype = {self.policy.dtype}: "
                 "weights are published as they are trained"
             )
+        for role, server in self.started_servers():
+            if self.cluster.placement == "colocated" and server.engine == "sglang" and server.sglang.on_cpu:
+                problems.append(
+                    f"cluster.placement = colocated needs servers to give memory back, and SGLang on a CPU cannot: "
+                    f"leave servers.{role}.sglang.on_cpu out, or set servers.{role}.engine = embedded"
+                )
         ports = [port for _, server in self.started_servers() for port in _fixed_ports(server)]
         twice = sorted({port for port in ports if ports.count(port) > 1})
         if twice:

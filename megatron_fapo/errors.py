@@ -9,6 +9,7 @@
     │   └── RequestRejected        it understood the request and refused it; a retry will not help
     ├── JudgeError             too many verdicts failed for the run to be trusted
     ├── WeightsError           the weights on a server are not the ones that were published
+    ├── MemoryHeld             between two phases, memory of a shared device was not given back or not taken again
     ├── PolicyError            a Megatron rank failed: which rank, which phase
     │   └── Diverged               a loss or a gradient norm is not finite
     └── ResumeError            a run folder cannot be continued
@@ -57,6 +58,10 @@ class JudgeError(FapoError):
 
 class WeightsError(FapoError):
     """A server does not hold the weights that were published."""
+
+
+class MemoryHeld(FapoError):
+    """Memory of a device is not with whom the phase gives it to."""
 
 
 class PolicyError(FapoError):

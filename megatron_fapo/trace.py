@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 class Clock(Protocol):
@@ -45,6 +45,27 @@ class Span:
     def seconds(self) -> float:
         """How long it took."""
         return self.end - self.start
+
+
+Kind = Literal["parameters", "gradients", "optimizer"]
+KINDS: tuple[Kind, ...] = ("parameters", "gradients", "optimizer")
+"""What a training rank holds of a device's memory."""
+
+Phase = Literal["publish", "generate", "train"]
+"""Who owns the devices' memory, where ranks and servers share them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """A change of phase: how long it took and what it moved, in seconds and bytes."""
+
+    phase: Phase
+    """The phase that it led to."""
+    seconds: float
+    freed: int
+    taken: int
+    resident: Mapping[str, int]
+    """Bytes by owner afterwards, as each owner counts them itself."""
 
 
 @dataclass(slots=True)

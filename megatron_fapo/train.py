@@ -39,9 +39,10 @@ async def train(config: Config, cluster: Cluster, state: RunState, sinks: Sinks)
         advantages = step_advantages(trained, given, algorithm, max_tokens=limit, rates=rates)
         with sinks.phase("update", spans):
             batch = make_batch(trained, advantages, cluster.policy.layout, config.batching, config.train.seed)
-            report = await cluster.policy.update(batch, algorithm.loss)
+            report = await cluster.update(batch, algorithm.loss)
         found = None if audit is None else audit.found
-        sinks.write(state.step, groups, trained, given, advantages, report, weights, spans, found)
+        switches = cluster.switches()
+        sinks.write(state.step, groups, trained, given, advantages, report, weights, spans, found, switches)
         state = state.after(prompts=len(groups), audit=audit.counts if audit else ())
         if config.checkpoint.due(state.step):
             saved = await cluster.save(state)

@@ -114,8 +114,8 @@ async def _run_from(checkpoint: tuple[Path, RunState] | None, config: Config, fo
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         async with open_cluster(config, folder, watcher, stop) as cluster:
             if checkpoint:
-                await cluster.policy.load(checkpoint[0])
+                await cluster.load(checkpoint[0])
             state = await train(config, cluster, state, sinks)
             if state.step == config.train.steps and config.checkpoint.export_hf:
-                await cluster.policy.save_hf(folder.model)
+                await cluster.save_hf(folder.model)
     return state

@@ -11,8 +11,11 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
+from megatron_fapo.algorithm.settings import LossSettings
+from megatron_fapo.cluster.phases import Phases
 from megatron_fapo.cluster.ranks import MegatronModel
 from megatron_fapo.cluster.ray_session import ray_session
 from megatron_fapo.cluster.saves import Saves, open_saves
@@ -20,11 +23,13 @@ from megatron_fapo.cluster.serve_roles import Watcher, make_evaluator, make_samp
 from megatron_fapo.config import Config
 from megatron_fapo.errors import ServerUnreachable
 from megatron_fapo.publish.publisher import SharedMemory, WeightTransport, publish
-from megatron_fapo.records import Role, RunState, WeightVersion
+from megatron_fapo.records import Role, RunState, StepBatch, StepReport, WeightVersion
 from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.run.folder import RunFolder
 from megatron_fapo.serving.client import ServerGroup
+from megatron_fapo.serving.memory import ServerMemory
 from megatron_fapo.tasks.interface import Task
+from megatron_fapo.trace import Phase, Switch
 
 T = TypeVar("T")
 
@@ -43,6 +48,8 @@ class Cluster:
     saves: Saves
     stop: asyncio.Event
     """Set when the run is asked to end (SIGTERM, Ctrl-C)."""
+    phases: Phases | None = None
+    """Where ranks and servers share their devices: whose turn it is."""
 
     @property
     def policy(self) -> MegatronModel:
@@ -52,16 +59,43 @@ class Cluster:
     async def publish(self, version: int) -> WeightVersion:
         """The policy's present weights to its servers, confirmed by checksum. Start, resume and each step alike."""
         servers = self.servers["policy"]
+        await self._enter("publish")
         try:
-            return await publish(self.policy, servers.clients, self.transport, version)
+            weights = await publish(self.policy, servers.clients, self.transport, version)
         except ServerUnreachable:
             servers.diagnose()
             raise
+        await self._enter("generate")
+        return weights
+
+    async def update(self, batch: StepBatch, loss: LossSettings) -> StepReport:
+        """All optimizer steps of one step."""
+        await self._enter("train")
+        return await self.policy.update(batch, loss)
+
+    async def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint. Raises CheckpointDamaged naming the file."""
+        await self._enter("train")
+        await self.policy.load(checkpoint)
+
+    async def save_hf(self, folder: Path) -> None:
+        """Write the policy's weights as a Hugging Face folder."""
+        await self._enter("publish")
+        await self.policy.save_hf(folder)
 
     async def save(self, state: RunState) -> int:
         """A checkpoint of everything that resume needs, on disk soon or at the end of the run; returns its step."""
+        await self._enter("train")
         await self.saves.start(state)
         return state.step
+
+    def switches(self) -> list[Switch]:
+        """The changes of phase since the last call."""
+        return [] if self.phases is None else self.phases.switches()
+
+    async def _enter(self, phase: Phase) -> None:
+        if self.phases is not None:
+            await self.phases.enter(phase)
 
     async def until_stopped(self, work: Awaitable[T]) -> T | None:
         """The result of `work`, or None when the run was asked to stop first; then `work` is cancelled."""
@@ -80,18 +114,20 @@ class Cluster:
 async def open_cluster(
     config: Config, folder: RunFolder, watcher: Watcher, stop: asyncio.Event
 ) -> AsyncIterator[Cluster]:
-    """Start ranks and servers side by side; at the end, whatever happened, stop all of them."""
+    """Start ranks and servers; at the end, whatever happened, stop all of them.
+
+    They start side by side, but where they share devices: a server sizes its cache by the memory that it finds.
+    """
     async with AsyncExitStack() as stack:
-        servers_starting = asyncio.ensure_future(stack.enter_async_context(open_servers(config, folder.logs)))
-        try:
-            await stack.enter_async_context(ray_session(config.cluster, config.policy.parallel.world, folder.path))
-            model = await MegatronModel.start("policy", config.policy, config.cluster, config.train.seed)
-            stack.callback(model.stop)
-            servers = await servers_starting
-        except BaseException:
-            servers_starting.cancel()
-            await asyncio.gather(servers_starting, return_exceptions=True)
-            raise
+        if config.cluster.placement == "colocated":
+            model = await _start_model(config, folder, stack)
+            phases = Phases(model)
+            await phases.make_room()
+            servers = await stack.enter_async_context(open_servers(config, folder.logs))
+            await phases.attach({role: [ServerMemory(c) for c in group.clients] for role, group in servers.items()})
+        else:
+            phases = None
+            model, servers = await _start_side_by_side(config, folder, stack)
         task = await stack.enter_async_context(open_task(config))
         # Named after the run, so that a resumed run reuses (and removes) what a killed one left behind.
         transport = SharedMemory(config.publish, hashlib.blake2b(bytes(folder.path), digest_size=8).hexdigest())
@@ -106,4 +142,25 @@ async def open_cluster(
             transport=transport,
             saves=saves,
             stop=stop,
+            phases=phases,
         )
+
+
+async def _start_model(config: Config, folder: RunFolder, stack: AsyncExitStack) -> MegatronModel:
+    await stack.enter_async_context(ray_session(config.cluster, config.policy.parallel.world, folder.path))
+    model = await MegatronModel.start("policy", config.policy, config.cluster, config.train.seed)
+    stack.callback(model.stop)
+    return model
+
+
+async def _start_side_by_side(
+    config: Config, folder: RunFolder, stack: AsyncExitStack
+) -> tuple[MegatronModel, dict[Role, ServerGroup]]:
+    servers_starting = asyncio.ensure_future(stack.enter_async_context(open_servers(config, folder.logs)))
+    try:
+        model = await _start_model(config, folder, stack)
+        return model, await servers_starting
+    except BaseException:
+        servers_starting.cancel()
+        await asyncio.gather(servers_starting, return_exceptions=True)
+        raise

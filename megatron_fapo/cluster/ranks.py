@@ -18,6 +18,7 @@ from megatron_fapo.errors import FapoError, PolicyError
 from megatron_fapo.held import HeldLayout
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.records import Bucket, Role, StepBatch, StepReport
+from megatron_fapo.trace import Kind
 
 COLOURS = re.compile(r"\x1b\[\d+m")
 """Ray paints its tracebacks."""
@@ -101,6 +102,22 @@ class MegatronModel:
     async def save_hf(self, folder: Path) -> None:
         """Write the weights as a Hugging Face folder."""
         await self._all("save_hf", str(folder))
+
+    async def offload(self, kinds: Sequence[Kind]) -> None:
+        """Free the device memory of these kinds."""
+        await self._all("offload", kinds)
+
+    async def onload(self, kinds: Sequence[Kind]) -> None:
+        """Fill what was offloaded again."""
+        await self._all("onload", kinds)
+
+    async def resident(self) -> list[dict[Kind, int]]:
+        """Bytes of each kind that each rank holds of its device's memory."""
+        return await self._all("resident")
+
+    async def device_free(self) -> list[int | None]:
+        """Free bytes of each rank's device; None on a CPU."""
+        return await self._all("device_free")
 
     def stop(self) -> None:
         """End all ranks."""

@@ -23,6 +23,8 @@ class Memory:
     synchronize: Callable[[], None]
     release: Callable[[], None]
     """Give what was freed back to the system."""
+    free: Callable[[], int | None]
+    """Bytes of the device that no process uses; None where it is the host's memory."""
 
 
 def _to_file(data: torch.Tensor) -> Refill:
@@ -65,8 +67,18 @@ def _trim() -> None:
 
 
 def _nothing() -> None:
-    """A CPU has no stream to wait for."""
+    """A CPU has no stream to wait for, and no memory of its own to ask about."""
 
 
-CPU = Memory(apart=False, put_away=_to_file, synchronize=_nothing, release=_trim)
-CUDA = Memory(apart=True, put_away=_to_pinned, synchronize=torch.cuda.synchronize, release=torch.cuda.empty_cache)
+def _cuda_free() -> int:
+    return int(torch.cuda.mem_get_info()[0])
+
+
+CPU = Memory(apart=False, put_away=_to_file, synchronize=_nothing, release=_trim, free=_nothing)
+CUDA = Memory(
+    apart=True,
+    put_away=_to_pinned,
+    synchronize=torch.cuda.synchronize,
+    release=torch.cuda.empty_cache,
+    free=_cuda_free,
+)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-Unit = Literal["share", "count", "tokens", "seconds", "tokens/s", "nats", "steps", ""]
+from megatron_fapo.trace import KINDS
+
+Unit = Literal["share", "count", "bytes", "tokens", "seconds", "tokens/s", "nats", "steps", ""]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,18 @@ def _plain(unit: Unit, **descriptions: str) -> tuple[Metric, ...]:
     """Metrics of one unit; `a__b` spells the name `a/b`."""
     return tuple(Metric(name=n.replace("__", "/"), unit=unit, description=d) for n, d in descriptions.items())
 
+
+OWNERS = (
+    ("publish", "ranks_parameters", "the ranks' parameters"),
+    ("publish", "policy_weights", "the policy servers' weights"),
+    *(
+        ("generate", f"{role}_{tag}", f"the {role} servers' {what}")
+        for role in ("policy", "judge")
+        for tag, what in (("weights", "weights"), ("kv_cache", "KV cache"))
+    ),
+    *(("train", f"ranks_{kind}", f"the ranks' {kind}") for kind in KINDS),
+)
+"""(phase, owner of device memory, in words)."""
 
 METRICS: tuple[Metric, ...] = (
     *_plain(
@@ -145,6 +159,14 @@ METRICS: tuple[Metric, ...] = (
         unit="share",
         description="Prompts with a right answer and clean process (oracle) among k samples, unbiased.",
     ),
+    *(
+        Metric(
+            name=f"memory/{phase}/{owner}",
+            unit="bytes",
+            description=f"Device memory of {whose} when the phase begins, as its owner counts it (co-located runs).",
+        )
+        for phase, owner, whose in OWNERS
+    ),
     *_plain(
         "seconds",
         time__publish="Moving the weights to the servers and confirming them.",
@@ -154,6 +176,7 @@ METRICS: tuple[Metric, ...] = (
         time__judge_hidden="Of these, while rollouts were still being generated.",
         time__judge_exposed="After the step's last rollout landed, until its last check and verdict.",
         time__update="The step's updates, batch making included.",
+        time__switch="Changes of phase where ranks and servers share devices; part of the phases that wait for them.",
         time__other="The rest of the step: rewards, sinks, the checkpoint written before it.",
         time__step="The whole step, from the end of the one before.",
     ),

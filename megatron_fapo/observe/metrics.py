@@ -22,7 +22,7 @@ from megatron_fapo.records import (
     Verdict,
     WeightVersion,
 )
-from megatron_fapo.trace import Span, Spans
+from megatron_fapo.trace import Span, Spans, Switch
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,14 @@ def audit_metrics(audit: JudgeAudit | None) -> Metrics:
             found |= {f"audit/{name}{part}": value for part, value in (
                 ("", interval.value), ("_low", interval.low), ("_high", interval.high))}  # fmt: skip
     return declared(found)
+
+
+def switch_metrics(switches: Sequence[Switch]) -> Metrics:
+    """What the changes of phase of a step cost and left with each owner; nothing where devices are not shared."""
+    if not switches:
+        return {}
+    held = {f"memory/{s.phase}/{owner}": float(size) for s in switches for owner, size in s.resident.items() if size}
+    return declared({**held, "time/switch": math.fsum(switch.seconds for switch in switches)})
 
 
 def declared(metrics: Metrics) -> Metrics:

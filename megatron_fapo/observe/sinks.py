@@ -10,14 +10,14 @@ from typing import Any
 from megatron_fapo.observe.console import ConsoleSink, open_console
 from megatron_fapo.observe.interface import Sink, StepRecord
 from megatron_fapo.observe.jsonl import JsonlSink
-from megatron_fapo.observe.metrics import Metrics, audit_metrics, evaluation_metrics, step_metrics
+from megatron_fapo.observe.metrics import Metrics, audit_metrics, evaluation_metrics, step_metrics, switch_metrics
 from megatron_fapo.observe.rollouts import RolloutsSink
 from megatron_fapo.observe.run_info import RunInfo, open_run_info
 from megatron_fapo.observe.settings import ObserveSettings
 from megatron_fapo.observe.tensorboard import TensorBoardSink
 from megatron_fapo.observe.wandb import WandbSink
 from megatron_fapo.records import Evaluation, Floats, Group, JudgeAudit, StepReport, WeightVersion
-from megatron_fapo.trace import Clock, Span, Spans, SystemClock
+from megatron_fapo.trace import Clock, Span, Spans, Switch, SystemClock
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Sinks:
         weights: WeightVersion,
         spans: Spans,
         audit: JudgeAudit | None = None,
+        switches: Sequence[Switch] = (),
     ) -> None:
         """Record a finished step.
 
@@ -87,7 +88,7 @@ class Sinks:
         metrics = step_metrics(
             groups=groups, rewards=rewards, report=report, weights=weights, spans=spans, advantages=by_id
         )
-        metrics |= audit_metrics(audit)
+        metrics |= audit_metrics(audit) | switch_metrics(switches)
         self._pass_on(
             StepRecord(
                 step=step,

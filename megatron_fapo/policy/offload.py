@@ -7,7 +7,7 @@ without a name; gradients go nowhere, as the next update begins with zeros.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -15,9 +15,7 @@ from megatron_fapo.compat.device import Device
 from megatron_fapo.compat.memory import Refill
 from megatron_fapo.errors import PolicyError
 from megatron_fapo.policy.model import Model
-
-Kind = Literal["parameters", "gradients", "optimizer"]
-KINDS: tuple[Kind, ...] = ("parameters", "gradients", "optimizer")
+from megatron_fapo.trace import KINDS, Kind
 
 Freed = dict[Kind, int]
 """Bytes by kind."""
@@ -63,6 +61,10 @@ class Offload:
             filled[kind] = sum(nbytes for _, nbytes, _ in held)
         self._memory.synchronize()
         return filled
+
+    def resident(self) -> Freed:
+        """Bytes of each kind that are in the device's memory now, read from the storages themselves."""
+        return {kind: sum(storage.nbytes() for storage in _STORAGES[kind](self._model, self._device)) for kind in KINDS}
 
     def need(self, *kinds: Kind) -> None:
         """Raises PolicyError where one of these is away: its tensors have no memory."""

@@ -27,7 +27,7 @@ from megatron_fapo.policy.checkpoint import Checkpoints
 from megatron_fapo.policy.forward import Padded, Scores
 from megatron_fapo.policy.model import Model, build, connect, crossover_of, release
 from megatron_fapo.policy.objective import loss_tokens
-from megatron_fapo.policy.offload import KINDS, Freed, Kind, Offload
+from megatron_fapo.policy.offload import Freed, Offload
 from megatron_fapo.policy.reference import Reference
 from megatron_fapo.policy.schedule import learning_rate
 from megatron_fapo.policy.settings import PolicySettings
@@ -40,6 +40,7 @@ from megatron_fapo.records import (
     StepReport,
     UpdateReport,
 )
+from megatron_fapo.trace import KINDS, Kind
 
 
 class PolicyRank:
@@ -309,6 +310,14 @@ class PolicyRank:
     def onload(self, kinds: Sequence[Kind] = KINDS) -> Freed:
         """Put back what `offload` freed, to the last bit (gradients as zeros); bytes of each."""
         return self._away.back(kinds)
+
+    def resident(self) -> Freed:
+        """Bytes of each kind in the device's memory now."""
+        return self._away.resident()
+
+    def device_free(self) -> int | None:
+        """Free bytes of this rank's device, whoever uses the rest; None where it shares the host's memory."""
+        return self.device.memory.free()
 
     @property
     def _away(self) -> Offload:

@@ -9,8 +9,8 @@ import pytest
 
 from megatron_fapo.errors import PolicyError
 from megatron_fapo.policy.local import LocalRanks
-from megatron_fapo.policy.offload import KINDS
 from megatron_fapo.policy.settings import PolicySettings
+from megatron_fapo.trace import KINDS
 from tests.policy.lives import LOSS, export, policy_settings, save_tiny, scores, step_batch
 
 Process = Callable[[PolicySettings], LocalRanks]

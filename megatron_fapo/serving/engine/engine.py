@@ -209,6 +209,10 @@ class Engine:
         if "kv_cache" in tags:
             self._cache_released = False
 
+    def memory(self) -> dict[str, int]:
+        """Bytes held now, by tag."""
+        return {"weights": self.weights.resident, "kv_cache": self._batch.cache.nbytes}
+
     def _refuse_running(self, what: str) -> None:
         if len(self._batch):
             raise RequestRejected(

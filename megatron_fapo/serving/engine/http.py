@@ -125,6 +125,7 @@ class Routes:
                 "running": running,
                 "waiting": waiting,
                 "blocked": self._engine.blocked,
+                "memory": self._engine.memory(),
             }
         )
 

@@ -56,6 +56,11 @@ class Weights:
         """Bytes of all parameters."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._model.parameters.values())
 
+    @property
+    def resident(self) -> int:
+        """Bytes of the parameters' memory now; 0 while it is released."""
+        return sum(storage.nbytes() for storage in self._storages())
+
     def load(self, folder: Path) -> None:
         """Read all parameters from a folder, casting where its dtype differs.
 

@@ -1,0 +1,192 @@
+"""Who owns the devices' memory when training ranks and servers share them.
+
+    PUBLISH ──► GENERATE ──► TRAIN ──► PUBLISH ...
+
+| phase | ranks hold | policy servers hold | judge servers hold |
+|---|---|---|---|
+| publish | parameters | weights | – |
+| generate | – | weights, KV cache | weights, KV cache |
+| train | parameters, gradients, optimizer | – | – |
+
+Every change of phase is the same: first all that the next phase has no use for is given back, by everyone, and read
+back as gone; only then is taken what it needs. A device thus never holds two phases at once, and an allocator that
+failed to let go is named before another one runs out of memory.
+"""
+
+import asyncio
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_fapo.errors import MemoryHeld, WeightsError
+from megatron_fapo.held import differing
+from megatron_fapo.records import Role
+from megatron_fapo.serving.memory import TAGS, ServerMemory, Tag
+from megatron_fapo.trace import KINDS, Kind, Phase, Switch
+
+GIB = 2**30
+MAY_BE_EMPTY = {"ranks_optimizer", "policy_kv_cache", "judge_kv_cache"}
+"""Moments before the first update and the embedded engine's cache take memory when they are used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What each owner holds in a phase."""
+
+    ranks: tuple[Kind, ...] = ()
+    policy: tuple[Tag, ...] = ()
+    judge: tuple[Tag, ...] = ()
+
+    def of(self, role: Role) -> tuple[Tag, ...]:
+        """What the servers of a role hold."""
+        return self.policy if role == "policy" else self.judge
+
+
+NEEDS: Mapping[Phase, Needs] = {
+    "publish": Needs(ranks=("parameters",), policy=("weights",)),
+    "generate": Needs(policy=TAGS, judge=TAGS),
+    "train": Needs(ranks=KINDS),
+}
+
+
+class Ranks(Protocol):
+    """The training ranks, as owners of memory; every answer has a place for each rank."""
+
+    async def offload(self, kinds: Sequence[Kind]) -> None:
+        """Free these kinds."""
+
+    async def onload(self, kinds: Sequence[Kind]) -> None:
+        """Fill these kinds again."""
+
+    async def resident(self) -> list[dict[Kind, int]]:
+        """Bytes of each kind in device memory, read from the storages."""
+
+    async def device_free(self) -> list[int | None]:
+        """Free bytes of each rank's device; None on a CPU."""
+
+
+class Phases:
+    """Moves a run from phase to phase.
+
+    Consumes: the memory verbs of ranks and servers. `enter` waits until everyone has given back and taken what the
+    phase says; nothing else may run on ranks or servers meanwhile.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._servers: dict[Role, list[ServerMemory]] = {}
+        self._sums: list[dict[str, str]] = []
+        self._sizes: list[dict[Kind, int]] = []
+        """Of each rank, what it held of each kind before it gave that back."""
+        self.phase: Phase | None = None
+        """Where the run is; None until the servers have come up beside ranks that hold nothing."""
+        self._switches: list[Switch] = []
+
+    async def make_room(self) -> None:
+        """Let the ranks hold nothing, so that servers can start on their devices."""
+        self._sizes = await self._ranks.resident()
+        await self._ranks.offload(KINDS)
+        _refuse_held(_by_rank(await self._ranks.resident()), (), "start")
+
+    async def attach(self, servers: Mapping[Role, Sequence[ServerMemory]]) -> None:
+        """Take charge of servers that have just started, and remember which weights the judge has."""
+        self._servers = {role: list(memories) for role, memories in servers.items()}
+        self._sums = await self._judge_sums()
+
+    async def enter(self, phase: Phase) -> None:
+        """Go to a phase; nothing happens where the run is there already.
+
+        Raises MemoryHeld when something that was to go is still held, or when something did not come back, and
+        WeightsError when a judge comes back with other weights than it had.
+        """
+        if phase == self.phase:
+            return
+        started, needs = time.perf_counter(), NEEDS[phase]
+        before = await self._resident()
+        await asyncio.gather(
+            self._ranks.offload([kind for kind in KINDS if kind not in needs.ranks]),
+            *(m.give([tag for tag in TAGS if tag not in needs.of(role)]) for role, m in self._each()),
+        )
+        between = await self._resident()
+        wanted = {f"ranks_{kind}" for kind in needs.ranks} | {
+            f"{role}_{tag}" for role in self._servers for tag in needs.of(role)
+        }
+        _refuse_held(between, wanted, phase)
+        await self._refuse_full(needs, phase)
+        await asyncio.gather(self._ranks.onload(needs.ranks), *(m.take(needs.of(role)) for role, m in self._each()))
+        after = await self._resident()
+        _refuse_absent(after, wanted - MAY_BE_EMPTY, phase)
+        if needs.judge:
+            self._refuse_other_judge(await self._judge_sums())
+        self._switches.append(
+            Switch(
+                phase=phase,
+                seconds=time.perf_counter() - started,
+                freed=sum(max(0, size - between[owner]) for owner, size in before.items()),
+                taken=sum(max(0, size - between[owner]) for owner, size in after.items()),
+                resident=after,
+            )
+        )
+        self.phase = phase
+
+    def switches(self) -> list[Switch]:
+        """What the changes of phase since the last call did."""
+        done, self._switches = self._switches, []
+        return done
+
+    def _each(self) -> list[tuple[Role, ServerMemory]]:
+        return [(role, memory) for role, memories in self._servers.items() for memory in memories]
+
+    async def _resident(self) -> dict[str, int]:
+        """Bytes by owner, each counted by the owner itself; of SGLang's servers nothing is known."""
+        ranks = await self._ranks.resident()
+        for kept, now in zip(self._sizes, ranks, strict=True):
+            kept |= {kind: size for kind, size in now.items() if size}
+        found = _by_rank(ranks)
+        for role, memory in self._each():
+            for tag, size in (await memory.held() or {}).items():
+                owner = f"{role}_{tag}"
+                found[owner] = found.get(owner, 0) + size
+        return found
+
+    async def _refuse_full(self, needs: Needs, phase: Phase) -> None:
+        """What engines do not tell, the device does: it must have room for what its rank is about to take."""
+        free, there = await self._ranks.device_free(), await self._ranks.resident()
+        for rank, (room, sizes, now) in enumerate(zip(free, self._sizes, there, strict=True)):
+            due = sum(sizes[kind] - now[kind] for kind in needs.ranks if sizes[kind] > now[kind])
+            if room is not None and room < due:
+                raise MemoryHeld(
+                    f"the device of rank {rank} has {room / GIB:.2f} GiB free and the rank needs {due / GIB:.2f} GiB: "
+                    "a server did not give its memory back; look at its log, and for other programs on the device",
+                    phase=phase,
+                )
+
+    async def _judge_sums(self) -> list[dict[str, str]]:
+        return list(await asyncio.gather(*(memory.client.held() for memory in self._servers.get("judge", []))))
+
+    def _refuse_other_judge(self, sums: Sequence[dict[str, str]]) -> None:
+        for place, (expected, found) in enumerate(zip(self._sums, sums, strict=True)):
+            if wrong := differing(expected, found):
+                raise WeightsError(
+                    f"judge server {place} came back from its sleep with other weights: {len(wrong)} of "
+                    f"{len(expected)} parameters differ, the first is {wrong[0]}; is its backup on "
+                    "(servers.judge.weights_cpu_backup)?"
+                )
+
+
+def _by_rank(ranks: Sequence[Mapping[Kind, int]]) -> dict[str, int]:
+    return {f"ranks_{kind}": sum(sizes[kind] for sizes in ranks) for kind in KINDS}
+
+
+def _refuse_held(resident: Mapping[str, int], wanted: Collection[str], phase: str) -> None:
+    held = {owner: size for owner, size in resident.items() if size and owner not in wanted}
+    if held:
+        told = ", ".join(f"{owner} {size / GIB:.3f} GiB" for owner, size in held.items())
+        raise MemoryHeld(f"memory that was given back is still held: {told}", phase=phase)
+
+
+def _refuse_absent(resident: Mapping[str, int], wanted: Collection[str], phase: str) -> None:
+    absent = sorted(owner for owner in wanted if resident.get(owner) == 0)
+    if absent:
+        raise MemoryHeld(f"memory that was taken again is not there: {', '.join(absent)}", phase=phase)
