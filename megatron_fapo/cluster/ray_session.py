@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -24,6 +25,9 @@ from typing import Any
 from megatron_fapo.config import ClusterSettings
 from megatron_fapo.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
+STARTS = 3
 OBJECT_STORE_BYTES = 200 * 2**20
 """For a Ray that we start: it only carries batches and reports."""
 
@@ -69,7 +73,16 @@ def _start(options: dict[str, Any]) -> None:
     os.environ |= {name: value for name, value in QUIET.items() if name not in os.environ}
     import ray
 
-    ray.init(**options, log_to_driver=False, logging_level="error")
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(**options, log_to_driver=False, logging_level="error")
+            return
+        except Exception as error:
+            # Ray gives its node 30 s, a constant of its own, which a machine with much else to do can miss.
+            if not left or "timed out during startup" not in str(error):
+                raise
+            log.warning("Ray did not start within its own 30 s; once more")
+            ray.shutdown()
 
 
 def _restore_sigterm() -> None:
