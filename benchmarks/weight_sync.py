@@ -7,8 +7,8 @@ and the same checksum at both ends, by one thread and by two; the better counts.
 ranks that export under Hugging Face names, a real server process that loads, sums and continues, with gathering,
 naming and HTTP. Sides take turns, so that what else the machine does falls on all of them; shown is the best round.
 
-The last line of `--json` has `ratio`, ours over the floor for shared memory with two tensor-parallel ranks, and
-`copy_share`, ours over one plain copy of the bytes.
+The last line of `--json` has `ratio`, ours over the floor for shared memory with two tensor-parallel ranks, each in
+its best round, `ratio_quartiles`, the same within the rounds, and `copy_share`, ours over one plain copy.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from megatron_fapo.serving.launcher import launch_one
 from megatron_fapo.serving.settings import ServerSettings
 from megatron_fapo.weights import Bytes, Segment, copy, shared_memory_folder
 
-LAYOUTS = {"TP1": {}, "TP2": {"tensor": 2}, "PP2": {"pipeline": 2}}
+LAYOUTS = {"TP2": {"tensor": 2}, "TP1": {}, "PP2": {"pipeline": 2}}
 
 
 def make_model(folder: Path, layers: int) -> None:
@@ -143,15 +144,13 @@ class Floor:
             segment.remove()
 
 
-async def measure(folder: Path, layouts: Sequence[str], megabytes: float, rounds: int) -> dict[str, float]:
-    """GB/s of each side."""
+async def measure(
+    folder: Path, layouts: Sequence[str], megabytes: float, rounds: int
+) -> tuple[int, dict[str, list[float]]]:
+    """Bytes, and the seconds of each side in each round."""
     sizes = [p.numel() * p.element_size() for p in Qwen3ForCausalLM.from_pretrained(folder).parameters()]
     floor = Floor(sizes, int(megabytes * 2**20))
-    best: dict[str, float] = {}
-
-    def note(name: str, seconds: float) -> None:
-        best[name] = min(best.get(name, seconds), seconds)
-
+    seconds = defaultdict[str, list[float]](list)
     server = await launch_one(ServerSettings(model=str(folder), context_length=128), folder / "server.log", 0)
     try:
         async with ServerClient(server.url) as client:
@@ -164,33 +163,40 @@ async def measure(folder: Path, layouts: Sequence[str], megabytes: float, rounds
                         await publish(Ranks(ranks), [client], transport, turn)
                         ours = time.perf_counter() - start
                         if turn:  # the first round warms up
-                            note(f"shared memory, {layout}", ours)
-                            note("floor, 1 thread", floor.seconds(1))
-                            note("floor, 2 threads", floor.seconds(2))
-                            note("one plain copy", floor.plain_copy())
+                            seconds[f"shared memory, {layout}"].append(ours)
+                            seconds["floor, 1 thread"].append(floor.seconds(1))
+                            seconds["floor, 2 threads"].append(floor.seconds(2))
+                            seconds["one plain copy"].append(floor.plain_copy())
                 transport.close()
     finally:
         await server.stop()
         floor.close()
-    return {name: floor.nbytes / seconds / 1e9 for name, seconds in best.items()}
+    return floor.nbytes, dict(seconds)
+
+
+def over_floor(seconds: dict[str, list[float]]) -> list[float]:
+    """Ours at TP2 over the floor in the same round, sorted."""
+    rounds = zip(seconds["shared memory, TP2"], seconds["floor, 1 thread"], seconds["floor, 2 threads"], strict=False)
+    return sorted(min(floors) / ours for ours, *floors in rounds)
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="TP2 alone, 5 rounds, 0.2 GB instead of 0.4 GB")
+    parser.add_argument("--quick", action="store_true", help="TP2 alone, and fewer rounds")
     parser.add_argument("--json", action="store_true", help="a last line of JSON")
-    parser.add_argument("--bucket", type=float, default=32.0, help="megabytes of a bucket")
+    parser.add_argument("--bucket", type=float, default=128.0, help="megabytes of a bucket")
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    layouts, rounds = (["TP2"], 5) if arguments.quick else (list(LAYOUTS), 9)
+    layouts, rounds = (["TP2"], 12) if arguments.quick else (list(LAYOUTS), 12)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_model(folder, 4 if arguments.quick else 8)
-        speeds = asyncio.run(measure(folder, layouts, arguments.bucket, rounds))
+        make_model(folder, 8)
+        nbytes, seconds = asyncio.run(measure(folder, layouts, arguments.bucket, rounds))
+    speeds = {name: nbytes / min(values) / 1e9 for name, values in seconds.items()}
     floor = max(speeds["floor, 1 thread"], speeds["floor, 2 threads"])
-    table = Table(title=f"GB/s, best of {rounds} interleaved rounds, buckets of {arguments.bucket:g} MB")
+    table = Table(title=f"{nbytes / 1e9:.2f} GB in buckets of {arguments.bucket:g} MB, best of {rounds} rounds")
     for column in ("", "GB/s", "over the floor"):
         table.add_column(column, justify="right" if column else "left")
     for name, speed in speeds.items():
@@ -198,8 +204,10 @@ def main() -> None:
     Console(width=120).print(table)
     if arguments.json:
         ours = speeds["shared memory, TP2"]
+        in_rounds = over_floor(seconds)
         result = {
             "ratio": round(ours / floor, 3),
+            "ratio_quartiles": [round(in_rounds[len(in_rounds) * q // 4], 3) for q in (1, 2, 3)],
             "copy_share": round(ours / speeds["one plain copy"], 3),
             "gigabytes_per_second": {name: round(speed, 3) for name, speed in speeds.items()},
         }

@@ -361,7 +361,7 @@ class TensorSpec:
     offset: int
     """Bytes from the start of the bucket."""
     digest: str
-    """xxh3-128 of the tensor's bytes."""
+    """Of the tensor's bytes: `weights.digest`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The form in which weights travel, shared by the end that writes and the end that reads.
 
 A bucket is a file in shared memory with tensors end to end; its table of contents is a `records.Bucket`. A
-checksum is made of one xxh3-128 digest a tensor, so each end computes it from the bytes that it holds.
+checksum is made of one digest a tensor, so each end computes it from the bytes that it holds. A tensor's digest is
+made of one xxh3-128 sum a block, so that several ranks and threads can sum one tensor, each while it copies.
 """
 
 import errno
@@ -10,7 +11,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +25,60 @@ ALIGNMENT = 64
 
 Bytes = npt.NDArray[np.uint8]
 
-_PIECE = 2**18
-"""Bytes copied and summed at a time: a quarter of a megabyte stays in a core's own cache."""
+BLOCK = 2**18
+"""Bytes that are copied and summed at a time: a quarter of a megabyte stays in a core's own cache."""
+SUM = 16
+"""Bytes of the sum of a block."""
 _PRIVATE = 0o600
 _BLOCK = 512
 """Bytes in a unit of `st_blocks`, whatever the file system."""
 
 
 def digest(data: bytes | memoryview) -> str:
-    """xxh3-128 of a tensor's bytes, as hex."""
-    return str(xxhash.xxh3_128_hexdigest(data))
+    """The digest of a tensor's bytes, as hex."""
+    data = memoryview(data)
+    return combined(b"".join(block_sum(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)))
+
+
+def block_sum(block: memoryview) -> bytes:
+    """xxh3-128 of a block."""
+    return xxhash.xxh3_128_digest(block)
+
+
+def combined(sums: bytes | memoryview) -> str:
+    """The digest of a tensor from the sums of its blocks, end to end."""
+    return str(xxhash.xxh3_128_hexdigest(sums))
+
+
+def blocks(nbytes: int) -> int:
+    """The number of blocks of a tensor."""
+    return -(-nbytes // BLOCK)
 
 
 def copy(source: Bytes, target: Bytes) -> str:
-    """Copy bytes and return the digest of what `target` then holds; in pieces, so that both find them in the cache."""
-    total = xxhash.xxh3_128()
-    for start in range(0, len(source), _PIECE):
-        piece = target[start : start + _PIECE]
-        np.copyto(piece, source[start : start + _PIECE])
-        total.update(piece.data)
-    return str(total.hexdigest())
+    """Copy bytes and return the digest of what `target` then holds."""
+    sums = bytearray(blocks(len(target)) * SUM)
+    write([source], target, 0, memoryview(sums))
+    return combined(bytes(sums))
+
+
+def write(runs: Iterable[Bytes], tensor: Bytes, start: int, sums: memoryview) -> None:
+    """Copy runs of bytes, end to end, into a tensor from byte `start` on, and sum the blocks that they fill.
+
+    What is summed is what `tensor` then holds, while it is in the cache. `sums` has SUM bytes for each block of the
+    tensor; those of blocks that begin before `start` or are not filled stay as they are.
+    """
+    first = start
+    for run in runs:
+        done = 0
+        while done < len(run):
+            begin = start - start % BLOCK
+            size = min(len(run) - done, begin + BLOCK - start)
+            np.copyto(tensor[start : start + size], run[done : done + size])
+            done, start = done + size, start + size
+            if begin >= first and (start == begin + BLOCK or start == len(tensor)):
+                row = begin // BLOCK * SUM
+                sums[row : row + SUM] = block_sum(tensor[begin:start].data)
 
 
 def checksum(digests: Mapping[str, str]) -> str:

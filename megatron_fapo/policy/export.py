@@ -5,8 +5,10 @@ All ranks know the plan (`policy.pieces`) and cut it into the same buckets witho
 
 import os
 import socket
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 
@@ -18,9 +20,10 @@ from megatron_fapo.errors import PolicyError
 from megatron_fapo.held import HeldDigests, HeldLayout
 from megatron_fapo.policy.hf_folder import SHARD_BYTES, Writer
 from megatron_fapo.policy.model import Model
-from megatron_fapo.policy.pieces import Piece, fetch, own_parts, plan
+from megatron_fapo.policy.pieces import Piece, fetch, own_parts, places, plan
+from megatron_fapo.policy.target import Target, nbytes_of
 from megatron_fapo.records import Bucket, TensorSpec
-from megatron_fapo.weights import Segment, aligned, digest, shared_memory_folder
+from megatron_fapo.weights import Segment, aligned, combined, digest, shared_memory_folder
 
 
 class Export:
@@ -28,9 +31,9 @@ class Export:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.pieces = plan(model.bridge, model.chunks)
+        self.pieces = in_turn(plan(model.bridge, model.chunks))
         self._next = 0
-        self._rank = dist.get_rank()
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._together = _one_machine()
         self._segments: dict[Path, Segment] = {}
         self._params = [dict(chunk.named_parameters()) for chunk in model.chunks]
@@ -71,39 +74,35 @@ class Export:
         if known is None or not known.is_still(nbytes):
             if self._rank == 0:
                 self._segments[path] = Segment.create(path, nbytes)
-            if dist.get_world_size() > 1:
+            if self._world > 1:
                 dist.barrier()
             if self._rank != 0:
                 self._segments[path] = Segment.open(path, nbytes)
         return self._segments[path].memory
 
     def _write_parts(self, pieces: Sequence[Piece], specs: Sequence[TensorSpec], memory: memoryview) -> list[str]:
-        """Each rank writes its shards where they belong, and sums its share of the tensors."""
-        target = torch.frombuffer(memory, dtype=torch.uint8)
-        again = iter(specs)
+        """Each rank writes its shards where they belong and sums what it fills alone, then its share of the rest."""
+        places_of = [place for piece in pieces for place in places(piece)]
+        tensors = [Target(spec, memory, place) for spec, place in zip(specs, places_of, strict=True)]
+        again = iter(tensors)
         for piece in pieces:
             mine = [next(again) for _ in piece.tensors]
-            if self._rank not in piece.ranks:
-                continue
-            parts = own_parts(self.model.bridge, self._params[piece.chunk][piece.local_name].detach(), piece)
-            for spec, (part, place) in zip(mine, parts, strict=bool(parts)):
-                nbytes = prod(spec.shape) * piece.dtype.itemsize
-                whole = target[spec.offset : spec.offset + nbytes].view(piece.dtype).view(spec.shape)
-                whole[place].view(part.shape).copy_(part)
-        world = dist.get_world_size()
-        if world > 1:
+            if self._rank in piece.ranks:
+                param = self._params[piece.chunk][piece.local_name].detach()
+                parts = own_parts(self.model.bridge, param, piece)
+                for tensor, part in zip(mine, parts, strict=bool(parts)):
+                    tensor.put(part, self._rank)
+        if self._world > 1:
             dist.barrier()
-        spans = list(_bytes_of(specs, memory))
-        sums = torch.zeros(len(specs), 16, dtype=torch.uint8)
-        reached, total = 0, sum(map(len, spans))
-        for row, span in zip(sums, spans, strict=True):
-            if reached * world // total == self._rank:
-                row.copy_(torch.frombuffer(bytearray.fromhex(digest(span)), dtype=torch.uint8))
-            reached += len(span)
-        if world > 1:  # each row is zero on all ranks but one
-            sums = sums.to(here())
-            dist.reduce(sums, dst=0)
-        return [bytes(row.tolist()).hex() for row in sums.cpu()]
+        shared = ((tensor, block) for tensor in tensors for block in tensor.shared())
+        for tensor, block in islice(shared, self._rank, None, self._world):
+            tensor.sum(block)
+        sums = [torch.frombuffer(tensor.sums, dtype=torch.uint8) for tensor in tensors]
+        if self._world > 1:  # each sum is zero on all ranks but one
+            table = torch.cat(sums).to(here())
+            dist.reduce(table, dst=0)
+            sums = list(torch.split(table.cpu(), [len(each) for each in sums]))
+        return [combined(each.numpy().tobytes()) for each in sums]
 
     def _write_fetched(self, pieces: Sequence[Piece], specs: Sequence[TensorSpec], memory: memoryview) -> list[str]:
         """Ranks on several machines send to rank 0, which writes."""
@@ -147,7 +146,21 @@ def _table(pieces: Sequence[Piece]) -> list[TensorSpec]:
 def _bytes_of(specs: Sequence[TensorSpec], memory: memoryview) -> Iterator[memoryview]:
     """Each tensor's bytes in a bucket."""
     for spec in specs:
-        yield memory[spec.offset : spec.offset + prod(spec.shape) * getattr(torch, spec.dtype).itemsize]
+        yield memory[spec.offset : spec.offset + nbytes_of(spec)]
+
+
+def in_turn(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """The pieces of all pipeline stages and experts' ranks side by side, so that all of them write at once.
+
+    Each group of ranks goes through its own in order, at the pace that lets all end together.
+    """
+    total, reached, places = defaultdict[int, int](int), defaultdict[int, int](int), []
+    for piece in pieces:
+        total[piece.ranks[0]] += piece.nbytes
+    for piece in pieces:
+        places.append(reached[piece.ranks[0]] / total[piece.ranks[0]])
+        reached[piece.ranks[0]] += piece.nbytes
+    return tuple(pieces[i] for i in sorted(range(len(pieces)), key=lambda i: places[i]))
 
 
 def _one_machine() -> bool:

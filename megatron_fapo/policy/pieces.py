@@ -33,6 +33,8 @@ class Piece:
     """The ranks that hold its shards, in order; the first converts."""
     partition: int | None
     """The dimension that the shards are cut along; None where each rank has the whole."""
+    shard: int
+    """The size of a shard along that dimension; of the last it may be padding."""
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
     """Hugging Face names and shapes that it becomes."""
     dtype: torch.dtype
@@ -84,6 +86,7 @@ def own_pieces(bridge: Any, chunks: Sequence[Any]) -> list[Piece]:
                     name=name,
                     ranks=ranks,
                     partition=partition,
+                    shard=0 if partition is None else param.shape[partition],
                     tensors=tuple((hf_name, tuple(tensor.shape)) for hf_name, tensor in tensors),
                     dtype=param.dtype,
                 )
@@ -158,26 +161,44 @@ def fetch(bridge: Any, chunks: Sequence[Any], piece: Piece) -> Tensors:
     return _receive(piece) if rank == 0 else []
 
 
-@torch.no_grad()
-def own_parts(bridge: Any, param: torch.Tensor, piece: Piece) -> list[tuple[torch.Tensor, tuple[slice, ...]]]:
-    """Where this rank's shard of a piece lies in each of its Hugging Face tensors: views of it, and their places.
+Place = tuple[slice, ...]
+"""Where a shard lies in a Hugging Face tensor."""
+
+
+def places(piece: Piece) -> list[dict[int, Place]]:
+    """For each Hugging Face tensor of a piece: {rank: place of its shard}.
 
     Tensor-parallel shards are blocks of the Hugging Face tensors too: Megatron gives each rank whole heads, and
     halves of gate and up. So every rank can put its part in place, without gathering and without a copy in between.
+    A tensor that every rank has is written by the first.
     """
-    place = piece.ranks.index(dist.get_rank())
+    if piece.partition is None:
+        return [{piece.ranks[0]: (slice(None),)} for _ in piece.tensors]
+    several = len(piece.tensors) > 1
+    found = []
+    for _, shape in piece.tensors:
+        dim = 0 if several else piece.partition
+        each = shape[0] // len(piece.ranks) if several else piece.shard
+        found.append(
+            {
+                rank: (*[slice(None)] * dim, slice(min(i * each, shape[dim]), min((i + 1) * each, shape[dim])))
+                for i, rank in enumerate(piece.ranks)
+            }
+        )
+    return found
+
+
+@torch.no_grad()
+def own_parts(bridge: Any, param: torch.Tensor, piece: Piece) -> list[torch.Tensor]:
+    """This rank's shard of a piece as parts of its Hugging Face tensors: views of it, for `places`; [] for none."""
+    rank = dist.get_rank()
     if piece.partition is None:
         whole = bridge.to_hugging_face(piece.name, [param], piece.partition)
-        # a tensor that every rank has is written by the first
-        return [(tensor, (slice(None),)) for _, tensor in whole] if place == 0 else []
+        return [tensor for _, tensor in whole] if rank == piece.ranks[0] else []
     if len(piece.tensors) > 1:
-        shares = [shape[0] // len(piece.ranks) for _, shape in piece.tensors]
-        places = [(slice(place * share, (place + 1) * share),) for share in shares]
-        return list(zip(_split(bridge, param, piece), places, strict=True))
-    dim, (_, shape) = piece.partition, piece.tensors[0]
-    start = min(place * param.shape[dim], shape[dim])
-    end = min(start + param.shape[dim], shape[dim])  # Megatron may have padded the vocabulary
-    return [(param.narrow(dim, 0, end - start), (*[slice(None)] * dim, slice(start, end)))]
+        return _split(bridge, param, piece)
+    place = places(piece)[0][rank][piece.partition]
+    return [param.narrow(piece.partition, 0, place.stop - place.start)]  # Megatron may have padded the vocabulary
 
 
 def _split(bridge: Any, param: torch.Tensor, piece: Piece) -> list[torch.Tensor]:
