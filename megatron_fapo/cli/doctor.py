@@ -1,46 +1,39 @@
 """`fapo doctor`: is this machine fit to run?"""
 
 import json
-import os
-import platform
-import shutil
-import socket
 import sys
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fapo.weights import shared_memory_folder
+from megatron_fapo.cli import doctor_machine, doctor_stack
+from megatron_fapo.cli.arguments import Overrides
+from megatron_fapo.cli.finding import Finding
+from megatron_fapo.config import Config, lacking, read_config
+from megatron_fapo.errors import ConfigError
+from megatron_fapo.publish.settings import PublishSettings
 
-EXAMPLE = "Example: fapo doctor --port 30000"
-GIGABYTE = 2**30
-ENOUGH_MEMORY = 2 * GIGABYTE
-ENOUGH_SHARED_MEMORY = 0.5 * GIGABYTE
-ENOUGH_FILES = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line of the doctor's report."""
-
-    what: str
-    state: Literal["ok", "warning", "error"]
-    found: str
-    advice: str = ""
+EXAMPLE = "Example: fapo doctor configs/clock/fapo.yaml --port 30000"
 
 
 def command(
+    config: Annotated[Path | None, typer.Argument(help="Also check what this configuration needs.")] = None,
+    overrides: Overrides = None,
     port: Annotated[list[int] | None, typer.Option(help="Also check that this port is free.")] = None,
+    run: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
+    sglang: Annotated[
+        str | None, typer.Option(help="Python of SGLang's environment. [default: the image's, or .venvs/sglang]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
-    """Check versions, memory, shared memory, open files and ports; exit code 1 when something cannot work."""
-    findings = [*_versions(), _memory(), _shared_memory(), _open_files(), *(_port(number) for number in port or [0])]
+    """Check versions, GPUs, SGLang, memory, disks, limits and ports; exit code 1 when something cannot work."""
+    settings = read_config(config, overrides or ()) if config else None
+    findings = list(_examine(settings, port or [], run, sglang))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings]))
     else:
@@ -53,89 +46,35 @@ def command(
         raise typer.Exit(1)
 
 
-def _versions() -> list[Finding]:
-    """Python and every dependency against what this package asks for."""
-    python = platform.python_version()
-    supported = sys.version_info[:2] in ((3, 11), (3, 12))
-    findings = [
-        Finding(
-            what="python",
-            state="ok" if supported else "error",
-            found=python,
-            advice="" if supported else "Python 3.11 or 3.12 is needed",
-        )
-    ]
-    for line in requires("megatron-fapo") or []:
-        requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            findings.append(
-                Finding(what=requirement.name, state="error", found="missing", advice=f"pip install '{requirement}'")
-            )
-            continue
-        fits = requirement.specifier.contains(found.partition("+")[0], prereleases=True)
-        findings.append(
-            Finding(
-                what=requirement.name,
-                state="ok" if fits else "warning",
-                found=found,
-                advice="" if fits else f"tested with {requirement.specifier}",
-            )
-        )
-    return findings
+def _examine(settings: Config | None, ports: list[int], run: Path, sglang: str | None) -> Iterator[Finding]:
+    """All findings; those of a configuration first."""
+    wanted = sglang is not None
+    bucket = PublishSettings().bucket_megabytes
+    if settings is not None:
+        yield from _configuration(settings)
+        servers = [server for _, server in settings.started_servers() if server.engine == "sglang"]
+        wanted = wanted or bool(servers)
+        sglang = sglang or next((server.sglang.python for server in servers), None)
+        bucket = settings.publish.bucket_megabytes
+        ports = [*ports, *(server.port for _, server in settings.started_servers() if server.port)]
+    yield from doctor_stack.packages()
+    installed = doctor_stack.ask(sys.executable)
+    yield from doctor_stack.training(installed)
+    yield from doctor_stack.serving(doctor_stack.environment_of(sglang), wanted, installed)
+    gpus = 0 if isinstance(installed, str) else len(installed["gpus"])
+    yield from doctor_machine.machine(run, int(bucket * 2**20), gpus)
+    for number in dict.fromkeys(ports or [0]):
+        yield doctor_machine.port(number)
 
 
-def _memory() -> Finding:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    short = free < ENOUGH_MEMORY
-    advice = "the clock example needs about 1.5 GB: end other programs" if short else ""
-    return Finding(
-        what="memory", state="warning" if short else "ok", found=f"{free / GIGABYTE:.1f} GB free", advice=advice
-    )
-
-
-def _shared_memory() -> Finding:
-    folder = shared_memory_folder()
-    free = shutil.disk_usage(folder).free
-    if folder != Path("/dev/shm"):
-        advice = "/dev/shm is missing or not writable: weights go through a disk folder (containers: --shm-size)"
-    else:
-        advice = "" if free >= ENOUGH_SHARED_MEMORY else "two weight buckets may not fit (containers: --shm-size)"
-    return Finding(
-        what="shared memory",
-        state="warning" if advice else "ok",
-        found=f"{folder}, {free / GIGABYTE:.1f} GB free",
-        advice=advice,
-    )
-
-
-def _open_files() -> Finding:
-    import resource
-
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    short = soft < ENOUGH_FILES
-    return Finding(
-        what="open files",
-        state="warning" if short else "ok",
-        found=str(soft),
-        advice=f"ulimit -n {ENOUGH_FILES} or more" if short else "",
-    )
-
-
-def _port(number: int) -> Finding:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", number))
-        except OSError as error:
-            return Finding(
-                what=f"port {number}", state="error", found=str(error.strerror), advice="choose another port"
-            )
-    name = "loopback ports" if number == 0 else f"port {number}"
-    return Finding(what=name, state="ok", found="free")
+def _configuration(settings: Config) -> Iterator[Finding]:
+    try:
+        lacks = lacking(settings)
+    except ConfigError as error:
+        yield Finding.of("configuration", "cannot run", error=str(error))
+        return
+    for lack in lacks:
+        yield Finding.of("configuration", "missing", error=lack)
+    if not lacks:
+        ranks = settings.policy.parallel.world
+        yield Finding.of("configuration", f"{ranks} training rank(s), everything that it needs is here")
