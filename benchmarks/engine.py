@@ -32,12 +32,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_fapo.records import GenerationRequest, Sampling, ints
-from megatron_fapo.serving.client import ServerGroup
 from megatron_fapo.serving.engine.batch import Batch
 from megatron_fapo.serving.engine.decoder import Decoder, Shape
 from megatron_fapo.serving.engine.folder import read_config
 from megatron_fapo.serving.engine.sample import Options, Sample
 from megatron_fapo.serving.engine.weights import Weights
+from megatron_fapo.serving.group import ServerGroup
 from megatron_fapo.serving.launcher import launch
 from megatron_fapo.serving.settings import ServerSettings
 

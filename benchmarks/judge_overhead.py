@@ -53,7 +53,7 @@ from megatron_fapo.policy.settings import OptimizerSettings, PolicySettings
 from megatron_fapo.records import Group, Ints, Message, NotJudged, Outcome, Prompt, Verdict, ints
 from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.rollout.settings import RolloutSettings
-from megatron_fapo.serving.client import ServerGroup
+from megatron_fapo.serving.group import ServerGroup
 from megatron_fapo.serving.launcher import launch
 from megatron_fapo.serving.settings import ServerSettings
 from megatron_fapo.trace import SystemClock

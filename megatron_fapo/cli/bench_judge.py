@@ -80,7 +80,8 @@ class JudgeAt:
         import tempfile
 
         from megatron_fapo.judge.answerer import OpenAI, Served
-        from megatron_fapo.serving.client import ServerClient, ServerGroup
+        from megatron_fapo.serving.client import ServerClient
+        from megatron_fapo.serving.group import ServerGroup
         from megatron_fapo.serving.launcher import launch
         from megatron_fapo.serving.settings import ServerSettings
         from megatron_fapo.settings import build

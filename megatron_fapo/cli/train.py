@@ -61,7 +61,10 @@ def _report(path: Path, config: Config, folder: RunFolder) -> None:
 
 
 MAY_CHANGE = ("train.steps", "observe.", "checkpoint.", "evaluation.", "cluster.", "policy.threads", "policy.timeout")
-MAY_CHANGE_OF_SERVERS = ("host", "port", "count", "threads", "timeout", "api_key_file", "log_folder")
+MAY_CHANGE_OF_SERVERS = (
+    *("host", "port", "count", "threads", "timeout", "api_key_file", "log_folder"),
+    *("deadline", "restarts", "health_interval", "router"),
+)
 
 
 def check_same_run(folder: RunFolder, config: Config) -> None:
@@ -108,7 +111,7 @@ async def _run_from(checkpoint: tuple[Path, RunState] | None, config: Config, fo
     folder.config.write_text(dump_config(config))
     dumped = config.model_dump(mode="json")
     with open_sinks(config.observe, folder.path, config=dumped, resume_step=state.step) as sinks:
-        watcher = Watcher(landed=sinks.progress, judged=sinks.judged)
+        watcher = Watcher(landed=sinks.progress, judged=sinks.judged, retried=sinks.retried, restarted=sinks.restarted)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -16,17 +16,17 @@ from typing import TypeVar
 
 from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.cluster.phases import Phases
+from megatron_fapo.cluster.publishing import PolicyWeights
 from megatron_fapo.cluster.ranks import MegatronModel
 from megatron_fapo.cluster.ray_session import ray_session
 from megatron_fapo.cluster.saves import Saves, open_saves
 from megatron_fapo.cluster.serve_roles import Watcher, make_evaluator, make_sampler, open_servers, open_task
 from megatron_fapo.config import Config
-from megatron_fapo.errors import ServerUnreachable
-from megatron_fapo.publish.publisher import SharedMemory, WeightTransport, publish
+from megatron_fapo.publish.publisher import SharedMemory
 from megatron_fapo.records import Role, RunState, StepBatch, StepReport, WeightVersion
 from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.run.folder import RunFolder
-from megatron_fapo.serving.client import ServerGroup
+from megatron_fapo.serving.group import ServerGroup
 from megatron_fapo.serving.memory import ServerMemory
 from megatron_fapo.tasks.interface import Task
 from megatron_fapo.trace import Phase, Switch
@@ -44,7 +44,7 @@ class Cluster:
     evaluator: Sampler
     """Samples as held-out evaluation does."""
     task: Task
-    transport: WeightTransport
+    weights: PolicyWeights
     saves: Saves
     stop: asyncio.Event
     """Set when the run is asked to end (SIGTERM, Ctrl-C)."""
@@ -58,20 +58,15 @@ class Cluster:
 
     async def publish(self, version: int) -> WeightVersion:
         """The policy's present weights to its servers, confirmed by checksum. Start, resume and each step alike."""
-        servers = self.servers["policy"]
         await self._enter("publish")
-        try:
-            weights = await publish(self.policy, servers.clients, self.transport, version)
-        except ServerUnreachable:
-            servers.diagnose()
-            raise
+        weights = await self.weights.publish(version)
         await self._enter("generate")
         return weights
 
     async def update(self, batch: StepBatch, loss: LossSettings) -> StepReport:
         """All optimizer steps of one step."""
         await self._enter("train")
-        return await self.policy.update(batch, loss)
+        return await self.weights.update(batch, loss)
 
     async def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint. Raises CheckpointDamaged naming the file."""
@@ -123,11 +118,11 @@ async def open_cluster(
             model = await _start_model(config, folder, stack)
             phases = Phases(model)
             await phases.make_room()
-            servers = await stack.enter_async_context(open_servers(config, folder.logs))
+            servers = await stack.enter_async_context(open_servers(config, folder.logs, watcher))
             await phases.attach({role: [ServerMemory(c) for c in group.clients] for role, group in servers.items()})
         else:
             phases = None
-            model, servers = await _start_side_by_side(config, folder, stack)
+            model, servers = await _start_side_by_side(config, folder, stack, watcher)
         task = await stack.enter_async_context(open_task(config))
         # Named after the run, so that a resumed run reuses (and removes) what a killed one left behind.
         transport = SharedMemory(config.publish, hashlib.blake2b(bytes(folder.path), digest_size=8).hexdigest())
@@ -139,7 +134,7 @@ async def open_cluster(
             sampler=make_sampler(config, task, servers, watcher),
             evaluator=make_evaluator(config, task, servers),
             task=task,
-            transport=transport,
+            weights=PolicyWeights(model, servers["policy"], transport),
             saves=saves,
             stop=stop,
             phases=phases,
@@ -154,9 +149,9 @@ async def _start_model(config: Config, folder: RunFolder, stack: AsyncExitStack)
 
 
 async def _start_side_by_side(
-    config: Config, folder: RunFolder, stack: AsyncExitStack
+    config: Config, folder: RunFolder, stack: AsyncExitStack, watcher: Watcher
 ) -> tuple[MegatronModel, dict[Role, ServerGroup]]:
-    servers_starting = asyncio.ensure_future(stack.enter_async_context(open_servers(config, folder.logs)))
+    servers_starting = asyncio.ensure_future(stack.enter_async_context(open_servers(config, folder.logs, watcher)))
     try:
         model = await _start_model(config, folder, stack)
         return model, await servers_starting

@@ -18,7 +18,7 @@ from megatron_fapo.judge.settings import AuditSettings, JudgeSettings
 from megatron_fapo.records import Role
 from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.rollout.settings import RolloutSettings
-from megatron_fapo.serving.client import ServerGroup
+from megatron_fapo.serving.group import Hooks, ServerGroup
 from megatron_fapo.serving.launcher import launch
 from megatron_fapo.tasks.benchmarks import BenchmarkTask
 from megatron_fapo.tasks.interface import Task
@@ -27,13 +27,31 @@ from megatron_fapo.tasks.tokenizer import ChatTokenizer
 from megatron_fapo.trace import SystemClock
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watcher:
+    """Who is told how a step's generation goes; nobody by default."""
+
+    landed: Callable[[int], None] = lambda rollouts: None
+    """So many more rollouts are finished."""
+    judged: Callable[[float, float], None] = lambda start, end: None
+    """A solution was at the judge from start to end, in seconds of the system clock."""
+    retried: Callable[[int], None] = lambda samples: None
+    """So many samples are asked of a server again."""
+    restarted: Callable[[], None] = lambda: None
+    """A server died and was started again."""
+
+
 @asynccontextmanager
-async def open_servers(config: Config, logs: Path) -> AsyncIterator[dict[Role, ServerGroup]]:
+async def open_servers(
+    config: Config, logs: Path, watcher: Watcher | None = None
+) -> AsyncIterator[dict[Role, ServerGroup]]:
     """Start the servers of all roles that the run needs, side by side; stop them at the end."""
     roles: list[Role] = ["policy", "judge"] if config.judge.enabled else ["policy"]
+    watcher = watcher or Watcher()
+    hooks = {role: Hooks(retried=watcher.retried, restarted=watcher.restarted) for role in roles}
     async with AsyncExitStack() as stack:
         groups = await asyncio.gather(
-            *(stack.enter_async_context(launch(config.server(role), role, logs)) for role in roles)
+            *(stack.enter_async_context(launch(config.server(role), role, logs, hooks[role])) for role in roles)
         )
         yield dict(zip(roles, groups, strict=True))
 
@@ -51,16 +69,6 @@ async def open_task(config: Config, benchmark: tuple[str, str | None] | None = N
         yield task
     finally:
         await task.close()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Watcher:
-    """Who is told how a step's generation goes; nobody by default."""
-
-    landed: Callable[[int], None] = lambda rollouts: None
-    """So many more rollouts are finished."""
-    judged: Callable[[float, float], None] = lambda start, end: None
-    """A solution was at the judge from start to end, in seconds of the system clock."""
 
 
 def make_sampler(config: Config, task: Task, servers: Mapping[Role, ServerGroup], watcher: Watcher) -> Sampler:

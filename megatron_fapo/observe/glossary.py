@@ -15,7 +15,7 @@ class Metric:
     """A name with its meaning.  Example: `Metric(name="reward/mean", unit="", description="Mean reward.")`.
 
     `{k}` in a name stands for a number: `eval/pass_at/{k}` declares `eval/pass_at/8`. Shares are fractions of 1.
-    What depends on the wall clock begins with `time/`.
+    What depends on the wall clock begins with `time/`, what depends on faults with `servers/`.
     """
 
     name: str
@@ -135,6 +135,11 @@ METRICS: tuple[Metric, ...] = (
         mismatch__mean="Mean |log-prob by the engine - by Megatron|, same weights and temperature.",
         mismatch__max="Largest of these differences.",
     ),
+    *_plain(
+        "count",
+        servers__retries="Samples and verdicts asked again because their server died.",
+        servers__restarts="Servers that died and were started again, of all roles.",
+    ),
     *_plain("count", train__updates="Optimizer steps.", eval__prompts="Held-out prompts."),
     *_plain(
         "share",
@@ -205,7 +210,8 @@ def glossary() -> str:
         "",
         "Generated from the code by `make docs`. The same names stand in `metrics.jsonl`, Weights & Biases,",
         "TensorBoard and the report. Shares are fractions of 1. A metric that a step does not define is left out,",
-        "never 0. What depends on the wall clock begins with `time/`; two deterministic runs agree in everything else.",
+        "never 0. What depends on the wall clock begins with `time/`, what depends on faults with `servers/`; two",
+        "deterministic runs agree in everything else.",
         "",
         "| name | unit | meaning |",
         "|---|---|---|",

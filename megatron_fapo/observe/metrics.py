@@ -113,7 +113,7 @@ def declared(metrics: Metrics) -> Metrics:
 
 def without_time(metrics: Mapping[str, float]) -> Metrics:
     """What two deterministic runs agree in."""
-    return {name: value for name, value in metrics.items() if not name.startswith("time/")}
+    return {name: value for name, value in metrics.items() if not name.startswith(("time/", "servers/"))}
 
 
 def time_metrics(spans: Spans, *, response_tokens: int, report: StepReport) -> Metrics:

@@ -10,7 +10,14 @@ from typing import Any
 from megatron_fapo.observe.console import ConsoleSink, open_console
 from megatron_fapo.observe.interface import Sink, StepRecord
 from megatron_fapo.observe.jsonl import JsonlSink
-from megatron_fapo.observe.metrics import Metrics, audit_metrics, evaluation_metrics, step_metrics, switch_metrics
+from megatron_fapo.observe.metrics import (
+    Metrics,
+    audit_metrics,
+    declared,
+    evaluation_metrics,
+    step_metrics,
+    switch_metrics,
+)
 from megatron_fapo.observe.rollouts import RolloutsSink
 from megatron_fapo.observe.run_info import RunInfo, open_run_info
 from megatron_fapo.observe.settings import ObserveSettings
@@ -33,6 +40,7 @@ class Sinks:
         self._landed = 0
         self._last_landed = 0.0
         self._judging: list[Span] = []
+        self._faults = dict.fromkeys(("servers/retries", "servers/restarts"), 0.0)
         self._step_began: float | None = None
         self._evaluation: tuple[int, Metrics] | None = None
 
@@ -57,6 +65,14 @@ class Sinks:
     def judged(self, start: float, end: float) -> None:
         """A verdict of this step was being waited for from `start` to `end`, seconds of the sinks' clock."""
         self._judging.append(Span(name="judge", start=start, end=end))
+
+    def retried(self, samples: int) -> None:
+        """So many samples are asked again, since their server died."""
+        self._faults["servers/retries"] += samples
+
+    def restarted(self) -> None:
+        """A server died and was started again."""
+        self._faults["servers/restarts"] += 1
 
     def write(
         self,
@@ -88,7 +104,8 @@ class Sinks:
         metrics = step_metrics(
             groups=groups, rewards=rewards, report=report, weights=weights, spans=spans, advantages=by_id
         )
-        metrics |= audit_metrics(audit) | switch_metrics(switches)
+        metrics |= audit_metrics(audit) | switch_metrics(switches) | declared(self._faults)
+        self._faults = dict.fromkeys(self._faults, 0.0)
         self._pass_on(
             StepRecord(
                 step=step,

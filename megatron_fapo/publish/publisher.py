@@ -5,8 +5,8 @@ no server ever holds a second whole model: two buckets are alive at a time, one 
 """
 
 import asyncio
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
 
 from megatron_fapo.errors import WeightsError
 from megatron_fapo.held import HeldLayout, differing
@@ -14,6 +14,8 @@ from megatron_fapo.publish.settings import PublishSettings
 from megatron_fapo.records import Bucket, WeightVersion
 from megatron_fapo.serving.interface import WeightReceiver
 from megatron_fapo.weights import checksum, shared_memory_folder
+
+T = TypeVar("T")
 
 
 class Exporter(Protocol):
@@ -62,12 +64,22 @@ class SharedMemory:
             if bucket is None:
                 return sent
             sent.append(bucket)
-            loading = asyncio.gather(*(receiver.load_bucket(bucket) for receiver in receivers))
+            loading = asyncio.ensure_future(settled([receiver.load_bucket(bucket) for receiver in receivers]))
 
     def close(self) -> None:
         """Unlink both segments."""
         for segment in self._segments:
             segment.unlink(missing_ok=True)
+
+
+async def settled(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order. Of several errors the first is raised, once nothing runs any more: who is left of the
+    receivers can then be sent everything again."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
 
 
 async def publish(
@@ -79,12 +91,12 @@ async def publish(
     the exporter computed of its own bytes. Raises WeightsError naming receiver and parameter otherwise; all updates
     then stay open, so that no server answers a request with half-way weights.
     """
-    layouts = await asyncio.gather(*(receiver.layout() for receiver in receivers))
-    await asyncio.gather(*(receiver.begin_update() for receiver in receivers))
+    layouts = await settled([receiver.layout() for receiver in receivers])
+    await settled([receiver.begin_update() for receiver in receivers])
     await exporter.open_export(tuple(dict.fromkeys(layouts)))
     buckets = await transport.send(exporter, receivers)
     expected = {layout: await exporter.expected(layout) for layout in dict.fromkeys(layouts)}
-    held = await asyncio.gather(*(receiver.held() for receiver in receivers))
+    held = await settled([receiver.held() for receiver in receivers])
     for place, (layout, sums) in enumerate(zip(layouts, held, strict=True)):
         if wrong := differing(expected[layout], sums):
             raise WeightsError(
@@ -92,7 +104,7 @@ async def publish(
                 f"{len(expected[layout])} parameters differ, the first is {wrong[0]}",
                 version=version,
             )
-    await asyncio.gather(*(receiver.end_update(version) for receiver in receivers))
+    await settled([receiver.end_update(version) for receiver in receivers])
     tensors = [tensor for bucket in buckets for tensor in bucket.tensors]
     nbytes = sum(bucket.nbytes for bucket in buckets)
     total = checksum({tensor.name: tensor.digest for tensor in tensors})

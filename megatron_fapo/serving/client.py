@@ -7,7 +7,8 @@ place, `ServerClient._exchange`, with the URL and the request id.
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Literal
 
@@ -26,23 +27,34 @@ PauseMode = Literal["in_place", "retract", "abort"]
 NO_VERSION = -1
 """Version of tokens drawn with weights that no update named by a number, such as those loaded at the start."""
 
-_DYING = 0.1
-"""Seconds from a broken connection to the end of a process that is killed, generously."""
+ROUTING_KEY = "X-SMG-Routing-Key"
+"""The header by which a router sends requests of one key to the same server."""
 
 
 class ServerClient:
     """A generation server at a URL. Implements `Generator` and `WeightReceiver`.
 
     Every method raises ServerUnreachable when the server does not answer or dies, RequestRejected when it refuses
-    (HTTP 4xx) and ServerError for all else that is wrong with its answer.
+    (HTTP 4xx) and ServerError for all else that is wrong with its answer. `routed` says that the URL is a router's:
+    it passes single requests on, to one server for the requests of a group, and what it answers with 5xx is a server
+    that could not be reached.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 600.0, connect_timeout: float = 10.0):
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        timeout: float = 600.0,
+        connect_timeout: float = 10.0,
+        routed: bool = False,
+    ) -> None:
         self.url = url.rstrip("/")
+        self._routed = routed
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=timeout)
         self._session: aiohttp.ClientSession | None = None
-        self._group_stream: bool | None = None
+        self._group_stream: bool | None = False if routed else None
         self._weights: Receiver | None = None
         self.failing = False
         """Whether its last exchange, of whatever kind, broke off."""
@@ -91,14 +103,22 @@ class ServerClient:
                 raise ServerUnreachable(f"{self.url} stopped before {len(waiting)} samples", request=min(waiting))
 
     async def _one_by_one(self, request: GenerationRequest) -> AsyncGenerator[Generation, None]:
-        """A request a sample, as SGLang understands it."""
+        """A request a sample, as SGLang understands it. Where one breaks off, the others are waited for first."""
         tasks = [
             asyncio.ensure_future(self._one(request, rid, seed))
             for rid, seed in zip(request.ids, request.seeds, strict=True)
         ]
+        broken: ServerUnreachable | None = None
         try:
             for task in asyncio.as_completed(tasks):
-                yield await task
+                try:
+                    sample = await task
+                except ServerUnreachable as error:
+                    broken = error
+                else:
+                    yield sample
+            if broken is not None:
+                raise broken
         finally:
             for task in tasks:
                 task.cancel()
@@ -172,12 +192,12 @@ class ServerClient:
 
     # Control.
 
-    async def health(self) -> bool:
-        """Whether the server answers and says that it is well."""
+    async def health(self, seconds: float | None = None) -> bool:
+        """Whether the server answers, within so many seconds, and says that it is well."""
         try:
-            async with self._exchange("GET", "/health", None, None):
+            async with asyncio.timeout(seconds), self._exchange("GET", "/health", None, None):
                 return True
-        except ServerError:
+        except (ServerError, TimeoutError):
             return False
 
     async def info(self) -> Json:
@@ -225,6 +245,10 @@ class ServerClient:
             raise ServerError(f"{self.url}{path} failed: {answer.get('message')}")
         return answer
 
+    async def request(self, method: str, path: str, body: Json | None) -> Json:
+        """The JSON object that a route answers with."""
+        return await self._json(method, path, body)
+
     async def _json(self, method: str, path: str, body: Json | None, rid: str | None = None) -> Json:
         async with self._exchange(method, path, body, rid) as response:
             answer = _parsed(await response.read(), self.url)
@@ -242,10 +266,12 @@ class ServerClient:
             self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=self._timeout)
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if data else {}
+        if self._routed and rid is not None:
+            headers[ROUTING_KEY] = group_of(rid)
         try:
             async with self._session.request(method, self.url + path, data=data, headers=headers) as response:
                 if response.status >= 400:
-                    _raise_status(response.status, await response.read(), self.url + path, rid)
+                    _raise_status(response.status, await response.read(), self.url + path, rid, self._routed)
                 yield response
             self.failing = False
         except ServerUnreachable:
@@ -256,97 +282,10 @@ class ServerClient:
             raise ServerUnreachable(f"{self.url}{path}: {type(error).__name__}: {error}", **_where(rid)) from None
 
 
-class ServerGroup:
-    """Several servers of one role as one `Generator`: each request goes where the fewest samples are outstanding.
-
-    A request whose server dies goes on at another one with the samples that have not arrived; a server that failed
-    is asked last until it has answered something again, be it a request, a control verb or an update. `diagnose` is
-    called when no server is left; it may raise an error that says more (the launcher's quotes a dead server's log).
-    """
-
-    def __init__(self, clients: Sequence[ServerClient], diagnose: Callable[[], None] = lambda: None) -> None:
-        if not clients:
-            raise ValueError("a group needs at least one server")
-        self.clients = tuple(clients)
-        self.diagnose = diagnose
-        self._outstanding = dict.fromkeys(self.clients, 0)
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Generation, None]:
-        """As `Generator.generate`. Raises ServerUnreachable when no server is left to try."""
-        untried = set(self.clients)
-        left = request
-        while True:
-            client = min(untried, key=lambda c: (c.failing, self._outstanding[c], self.clients.index(c)))
-            untried.discard(client)
-            waiting = dict(zip(left.ids, left.seeds, strict=True))
-            self._outstanding[client] += len(waiting)
-            samples = client.generate(left)
-            try:
-                async for sample in samples:
-                    del waiting[sample.id]
-                    self._outstanding[client] -= 1
-                    yield sample
-                return
-            except ServerUnreachable:
-                if not untried:
-                    await asyncio.sleep(_DYING)
-                    self.diagnose()
-                    raise
-                if not waiting:
-                    return
-            finally:
-                self._outstanding[client] -= len(waiting)
-                await samples.aclose()
-            left = GenerationRequest(
-                ids=tuple(waiting), seeds=tuple(waiting.values()), token_ids=left.token_ids, sampling=left.sampling
-            )
-
-    async def choices(self, rid: str, token_ids: Ints, choices: Sequence[int]) -> list[float]:
-        """`ServerClient.choices` where the fewest samples are outstanding; at another server when that one dies."""
-        for client in sorted(self.clients, key=lambda c: (c.failing, self._outstanding[c])):
-            self._outstanding[client] += 1
-            try:
-                return await client.choices(rid, token_ids, choices)
-            except ServerUnreachable as error:
-                last = error
-            finally:
-                self._outstanding[client] -= 1
-        raise last
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._all(lambda client: client.close())
-
-    async def pause(self, mode: PauseMode = "in_place") -> None:
-        """`ServerClient.pause` on every server."""
-        await self._all(lambda client: client.pause(mode))
-
-    async def resume_generation(self) -> None:
-        """`ServerClient.resume_generation` on every server."""
-        await self._all(lambda client: client.resume_generation())
-
-    async def abort(self, rid: str | None = None) -> None:
-        """`ServerClient.abort` on every server."""
-        await self._all(lambda client: client.abort(rid))
-
-    async def flush_cache(self) -> None:
-        """`ServerClient.flush_cache` on every server."""
-        await self._all(lambda client: client.flush_cache())
-
-    async def release_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
-        """`ServerClient.release_memory` on every server."""
-        await self._all(lambda client: client.release_memory(tags))
-
-    async def resume_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
-        """`ServerClient.resume_memory` on every server."""
-        await self._all(lambda client: client.resume_memory(tags))
-
-    async def load_from_disk(self, folder: str, version: int) -> None:
-        """`ServerClient.load_from_disk` on every server."""
-        await self._all(lambda client: client.load_from_disk(folder, version))
-
-    async def _all(self, verb: Callable[[ServerClient], Awaitable[None]]) -> None:
-        await asyncio.gather(*(verb(client) for client in self.clients))
+def group_of(rid: str) -> str:
+    """What requests that begin alike have in common: the id of a rollout, or of its verdict, up to the prompt's."""
+    found = re.match(r"(.+)-r\d+", rid)
+    return found[1] if found else rid
 
 
 def _sampling(request: GenerationRequest, n: int, seed: int | list[int]) -> Json:
@@ -382,9 +321,9 @@ def _parsed(data: bytes, url: str) -> Json:
     return answer
 
 
-def _raise_status(status: int, data: bytes, url: str, rid: str | None) -> None:
+def _raise_status(status: int, data: bytes, url: str, rid: str | None, routed: bool) -> None:
     message = _message(data) or data[:200].decode(errors="replace")
-    kind = RequestRejected if 400 <= status < 500 else ServerError
+    kind = RequestRejected if 400 <= status < 500 else ServerUnreachable if routed else ServerError
     raise kind(f"{url}: {message}", status=status, **_where(rid))
 
 

@@ -14,9 +14,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from megatron_fapo import lifeline
-from megatron_fapo.errors import ServerError
-from megatron_fapo.serving.client import ServerClient, ServerGroup
+from megatron_fapo.errors import FapoError, ServerError
+from megatron_fapo.serving.client import ServerClient
+from megatron_fapo.serving.group import Hooks, ServerGroup
+from megatron_fapo.serving.keeper import Keeper
 from megatron_fapo.serving.process import ServerProcess, died, stop, tail
+from megatron_fapo.serving.router import launch_router
 from megatron_fapo.serving.settings import ServerSettings
 from megatron_fapo.serving.sglang.launch import launch_sglang
 
@@ -79,12 +82,7 @@ async def _read_url(descriptor: int) -> str:
 @contextlib.asynccontextmanager
 async def processes(settings: ServerSettings, name: str, logs: Path) -> AsyncIterator[list[ServerProcess]]:
     """Start `settings.count` servers side by side; stop all at the end. Logs are `<logs>/<name>-<i>.log`."""
-    starting = [
-        asyncio.ensure_future(
-            launch_one(settings, logs / f"{name}-{place}.log", settings.port + place if settings.port else 0)
-        )
-        for place in range(settings.count)
-    ]
+    starting = [asyncio.ensure_future(_launch_at(settings, name, logs, place)) for place in range(settings.count)]
     try:
         yield list(await asyncio.gather(*starting))
     finally:
@@ -94,19 +92,47 @@ async def processes(settings: ServerSettings, name: str, logs: Path) -> AsyncIte
         await asyncio.gather(*(server.stop() for server in done if isinstance(server, ServerProcess)))
 
 
+async def _launch_at(settings: ServerSettings, name: str, logs: Path, place: int) -> ServerProcess:
+    port = settings.port + place if settings.port else 0
+    return await launch_one(settings, logs / f"{name}-{place}.log", port)
+
+
 @contextlib.asynccontextmanager
-async def launch(settings: ServerSettings, name: str, logs: Path) -> AsyncIterator[ServerGroup]:
-    """The servers of a role, started, as one group of clients."""
-    async with processes(settings, name, logs) as servers:
+async def launch(
+    settings: ServerSettings, name: str, logs: Path, hooks: Hooks | None = None
+) -> AsyncIterator[ServerGroup]:
+    """The servers of a role, started and kept, as one group of clients."""
+    key = settings.api_key()
 
-        def diagnose() -> None:
-            for server in servers:
-                server.check()
+    def connect(server: ServerProcess) -> ServerClient:
+        return ServerClient(server.url, key, timeout=settings.request_timeout)
 
-        key = settings.api_key()
-        clients = [ServerClient(server.url, key, timeout=settings.request_timeout) for server in servers]
-        group = ServerGroup(clients, diagnose)
+    async with contextlib.AsyncExitStack() as stack:
+        servers = await stack.enter_async_context(processes(settings, name, logs))
+        clients = [connect(server) for server in servers]
+        router = None
+        if settings.router == "sglang":
+            router = await stack.enter_async_context(launch_router(settings, logs / f"{name}-router.log"))
+            for client in clients:
+                await router.add(client)
+        group = ServerGroup(clients, hooks, deadline=settings.deadline, router=router)
+        stack.push_async_callback(group.close)
+        keeper = Keeper(
+            group, settings, name, servers, lambda place: _launch_at(settings, name, logs, place), connect, router
+        )
+        keeping = asyncio.ensure_future(keeper.run())
+        keeping.add_done_callback(lambda done: _report(done, group))
         try:
             yield group
         finally:
-            await group.close()
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+
+
+def _report(keeping: "asyncio.Future[None]", group: ServerGroup) -> None:
+    """Nobody keeps the servers any more: if that is a mistake, the run must hear of it."""
+    error = None if keeping.cancelled() else keeping.exception()
+    if error is not None:
+        if not isinstance(error, FapoError):
+            error = ServerError(f"nobody keeps the servers any more: {error!r}")
+        group.fail(error)

@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,3 +73,10 @@ def tail(log: Path) -> str:
     end = lines[-_LOG_LINES:]
     raised = next((line for line in reversed(lines[:-_LOG_LINES]) if _RAISED.match(line)), None)
     return "\n".join(end if raised is None or any(map(_RAISED.match, end)) else [raised, "...", *end])
+
+
+def free_port(host: str) -> int:
+    """A port that is free now, for programs that cannot say which one they took."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

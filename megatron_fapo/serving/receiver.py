@@ -95,6 +95,7 @@ class SGLang:
     def __init__(self, command: Command, layout: HeldLayout, *, session: bool, loads: bool) -> None:
         self.layout = layout
         self._command, self._session, self._loads = command, session, loads
+        self._open = False
 
     async def begin(self) -> None:
         """Running samples are retracted, to be prefilled again with the new weights.
@@ -107,8 +108,9 @@ class SGLang:
                 f"this SGLang server cannot read segments: start it with --custom-weight-loader {LOADER}"
             )
         await self._command("/pause_generation", {"mode": "retract"})
-        if self._session:
+        if self._session and not self._open:  # one that broke off elsewhere is still open here
             await self._command("/begin_weight_update", {})
+            self._open = True
 
     async def load(self, bucket: Bucket) -> None:
         """Each rank loads its part. A flush waits for the end."""
@@ -134,6 +136,7 @@ class SGLang:
         """Close the session, forget cached prefixes, name the version, go on."""
         if self._session:
             await self._command("/end_weight_update", {})
+            self._open = False
         await self._command("/flush_cache", {})
         await self._command("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
         await self._command("/continue_generation", {})

@@ -73,6 +73,18 @@ class ServerSettings(Settings):
     """Seconds until a started server must be healthy."""
     request_timeout: Seconds = 600.0
     """Seconds that a client waits between two pieces of an answer."""
+    deadline: Seconds = 3600.0
+    """Seconds from a request's start until all its samples are there, waiting for servers and retries included."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Times that each server is started again after it died; then the group goes on without it. Never where ranks and
+    servers share devices (cluster.placement colocated): the ranks cannot give the weights while servers generate."""
+    health_interval: Seconds = 10.0
+    """Seconds between two looks at a server's /health."""
+    health_deadline: Seconds = 60.0
+    """Seconds in which /health must answer; a server that does not is killed and started again."""
+    router: Literal["none", "sglang"] = "none"
+    """What spreads the requests: our client, or SGLang's router in a process of its own (`pip install
+    megatron-fapo[router]`)."""
 
     @model_validator(mode="after")
     def _fits_the_device(self) -> Self:

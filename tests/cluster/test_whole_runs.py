@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -54,8 +56,8 @@ def lines(run: Path) -> list[dict]:
 
 
 def timeless(run: Path) -> list[dict]:
-    """The metrics without those that the clock measures."""
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(run)]
+    """The metrics without those that the clock measures, and those that count faults."""
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "servers/"))} for line in lines(run)]
 
 
 def segments(run: Path) -> list[Path]:
@@ -243,10 +245,38 @@ def test_a_run_stopped_while_it_starts_ends_cleanly(tmp_path):
 )
 def test_a_process_that_dies_ends_the_run_by_name(tmp_path, victim, message):
     run = tmp_path / "broken"
-    process = start(run, "train.steps=1000", "checkpoint.every=0")
+    stays = [f"servers.{role}.restarts=0" for role in ("policy", "judge")]
+    process = start(run, "train.steps=1000", "checkpoint.every=0", *stays)
     wait_for_steps(run, 1, process)
     os.kill(descendant(process.pid, victim), signal.SIGKILL)
     assert message in finish(process, status=1)
+
+
+@pytest.mark.long
+def test_servers_killed_in_the_middle_of_a_step_come_back_and_no_digit_changes(whole, tmp_path):
+    """The only policy server, while it generates, and the judge's: both start again, the first with the weights."""
+    run = tmp_path / "disturbed"
+    process = start(run)
+    wait_for_steps(run, 1, process)
+    judge = descendant(process.pid, "judge-0.log")
+    (address,) = re.findall(r"serving \S+ on (\S+)", (run / "logs" / "policy-0.log").read_text())
+    while not (policy := server_info(address))["running"]:
+        assert process.poll() is None, process.communicate()[0]
+    os.kill(policy["pid"], signal.SIGKILL)
+    os.kill(judge, signal.SIGKILL)
+    output = finish(process)
+    assert len(re.findall(r"holds version \d again, checksum \w+", output)) == 1
+    assert timeless(run) == timeless(whole)
+    steps = lines(run)[:-1]
+    assert sum(line["servers/restarts"] for line in steps) == 2
+    assert sum(line["servers/retries"] for line in steps) > 0
+    for line in steps:
+        assert line["rollout/lag_max"] == 0
+
+
+def server_info(address: str) -> dict:
+    with urllib.request.urlopen(f"http://{address}/get_server_info", timeout=30) as answer:
+        return json.load(answer)
 
 
 def descendant(parent: int, mark: str) -> int:

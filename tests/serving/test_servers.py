@@ -16,7 +16,8 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from megatron_fapo.errors import ConfigError, RequestRejected, ServerError, ServerUnreachable
-from megatron_fapo.serving.client import ServerClient, ServerGroup
+from megatron_fapo.serving.client import ServerClient
+from megatron_fapo.serving.group import ServerGroup
 from megatron_fapo.serving.launcher import launch, launch_one, processes
 from megatron_fapo.serving.settings import ServerSettings
 
@@ -274,7 +275,7 @@ async def test_a_launched_server_that_is_killed_is_noticed_with_its_log(models, 
 
 async def test_when_no_server_is_left_the_error_quotes_the_log(models, tmp_path, request_for, prompts):
     before = children()
-    async with launch(ServerSettings(model=str(models[0])), "policy", tmp_path) as group:
+    async with launch(ServerSettings(model=str(models[0]), restarts=0), "policy", tmp_path) as group:
         assert len(await collect(group, request_for(prompts[0]))) == 1
         (pid,) = children() - before
         os.kill(pid, signal.SIGKILL)

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import json
 import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -39,6 +40,7 @@ class Routes:
         self._engine: Engine
         self._limits: Limits
         self._open = False
+        self._served = 0
 
     def open(self, engine: "Engine", limits: Limits) -> None:
         """From now on requests reach the engine."""
@@ -122,8 +124,10 @@ class Routes:
                 "deterministic": self._settings.deterministic,
                 "context_length": self._limits.context_length,
                 "max_running_requests": self._settings.max_running,
+                "pid": os.getpid(),
                 "running": running,
                 "waiting": waiting,
+                "served": self._served,
                 "blocked": self._engine.blocked,
                 "memory": self._engine.memory(),
             }
@@ -177,6 +181,7 @@ class Routes:
         """Submit, then yield what has come, and whether that is all; when the client leaves, its samples end."""
         left = {sample.index for sample in parsed.samples}
         self._engine.submit(parsed.samples)
+        self._served += len(parsed.samples)
         try:
             while left:
                 answers = [await parsed.inbox.get()]

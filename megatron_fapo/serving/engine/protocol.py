@@ -22,7 +22,7 @@ _SAMPLING = {
 }  # fmt: skip
 _BODY = {
     "input_ids", "text", "sampling_params", "rid", "stream", "return_logprob", "group_stream", "logprob_start_len",
-    "token_ids_logprob",
+    "token_ids_logprob", "log_metrics",
 }  # fmt: skip
 
 

@@ -8,7 +8,6 @@ and another one should somebody have been faster.
 import asyncio
 import os
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import yaml
 from megatron_fapo import lifeline
 from megatron_fapo.errors import ConfigError, ServerError
 from megatron_fapo.serving.client import ServerClient
-from megatron_fapo.serving.process import ServerProcess, died, stop, tail
+from megatron_fapo.serving.process import ServerProcess, died, free_port, stop, tail
 from megatron_fapo.serving.settings import ServerSettings
 from megatron_fapo.serving.sglang.command import command, environment
 
@@ -39,7 +38,7 @@ async def launch_sglang(settings: ServerSettings, log: Path, port: int) -> Serve
         )
     with _key_file(settings, log) as key_file:
         for attempt in range(_ATTEMPTS):
-            process, url = await _start(settings, log, port or _free_port(settings.host), key_file)
+            process, url = await _start(settings, log, port or free_port(settings.host), key_file)
             try:
                 return await _until_healthy(settings, log, process, url)
             except BaseException as error:
@@ -98,9 +97,3 @@ def _key_file(settings: ServerSettings, log: Path) -> Iterator[Path | None]:
         yield path
     finally:
         path.unlink(missing_ok=True)
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

@@ -1,0 +1,325 @@
+"""Several servers of one role as one generator: where a request goes, and what happens when its server dies."""
+
+import asyncio
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from megatron_fapo.errors import FapoError, ServerError, ServerUnreachable
+from megatron_fapo.records import Generation, GenerationRequest, Ints
+from megatron_fapo.serving.client import PauseMode, ServerClient, group_of
+
+log = logging.getLogger(__name__)
+
+_BALANCE = 1.25
+"""A group's requests stay at its server while that has at most so much of an even share (arXiv:1608.01350)."""
+_HOMES = 4096
+"""Groups whose server is remembered."""
+_ROUTED_TRIES = 6
+_BACKOFF = 0.2
+"""Seconds before the second request to a router; twice as long before each further one."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Member:
+    """A server of a group."""
+
+    client: ServerClient
+    ready: bool = True
+    """Whether it holds the weights that the group generates with, so that it may be asked."""
+    outstanding: int = 0
+    """Samples asked of it that have not arrived."""
+
+
+async def _nobody(client: ServerClient) -> bool:
+    return False
+
+
+async def _has_them(client: ServerClient) -> bool:
+    return True
+
+
+@dataclass(slots=True, kw_only=True)
+class Hooks:
+    """What a group asks of those who started its servers and of those who publish to them."""
+
+    suspect: Callable[[ServerClient], Awaitable[bool]] = _nobody
+    """A request to this server broke off. Whether the server is taken for dead, and lost to the group by then."""
+    diagnose: Callable[[], None] = lambda: None
+    """No server is left; it may raise an error that says more (a dead server's log)."""
+    catch_up: Callable[[ServerClient], Awaitable[bool]] = _has_them
+    """Bring the group's present weights to a server that was started again. False: the next update brings them."""
+    retried: Callable[[int], None] = lambda samples: None
+    """So many samples are asked again, their server having died."""
+    restarted: Callable[[], None] = lambda: None
+    """A server was started again."""
+
+
+class Router(Protocol):
+    """What a router is asked for: it knows the servers that may be asked, and no others."""
+
+    client: ServerClient
+
+    async def add(self, client: ServerClient) -> None:
+        """From now on this server gets requests."""
+
+    async def remove(self, client: ServerClient) -> None:
+        """From now on it gets none."""
+
+    async def alive(self) -> bool:
+        """Whether the router answers."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """How far a request has come."""
+
+    key: str
+    tried: set[Member] = field(default_factory=set)
+    routed: int = 0
+    error: ServerError | None = None
+
+
+class ServerGroup:
+    """Several servers of one role as one `Generator` that loses no sample and yields none twice.
+
+    A request goes where its group's requests went before, which share a prefix, unless that server is behind the
+    others; else where the fewest samples are outstanding. When its server dies it goes on at another one with the
+    samples that have not arrived, or waits until a dead one has been started again and holds the present weights;
+    `deadline` bounds all of that, in seconds from the request's start. A server that failed is asked last until it
+    has answered something again, be it a request, a control verb or an update. With a `router`, requests go through
+    it and everything else to the servers; when the router dies the group does without.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[ServerClient],
+        hooks: Hooks | None = None,
+        *,
+        deadline: float = math.inf,
+        router: Router | None = None,
+    ) -> None:
+        if not clients:
+            raise ValueError("a group needs at least one server")
+        self.hooks = hooks or Hooks()
+        self._deadline = deadline
+        self._members = [Member(client=client) for client in clients]
+        self._router = router
+        self._homes: OrderedDict[str, Member] = OrderedDict()
+        self._coming = 0
+        self._changed = asyncio.Event()
+        self._failure: FapoError | None = None
+
+    @property
+    def clients(self) -> tuple[ServerClient, ...]:
+        """The servers that live, those whose weights are behind included: what an update must reach."""
+        return tuple(member.client for member in self._members)
+
+    # Who belongs to it.
+
+    def may_ask(self, client: ServerClient) -> bool:
+        """Whether this server is one of the group's and holds the present weights."""
+        return any(member.client is client and member.ready for member in self._members)
+
+    def lose(self, client: ServerClient) -> None:
+        """A server has died and is being started again; its requests go on elsewhere."""
+        if any(member.client is client for member in self._members):
+            self._members = [member for member in self._members if member.client is not client]
+            self._coming += 1
+            self._tell()
+
+    def gain(self, client: ServerClient) -> None:
+        """A server has been started again. It is asked nothing until `admit`."""
+        self._coming -= 1
+        self._members.append(Member(client=client, ready=False))
+        self._tell()
+
+    def give_up(self) -> None:
+        """A server that was lost does not come again."""
+        self._coming -= 1
+        self._tell()
+
+    def fail(self, error: FapoError) -> None:
+        """Raise this from every request from now on."""
+        self._failure = error
+        self._tell()
+
+    async def admit(self, clients: Sequence[ServerClient]) -> None:
+        """These servers hold the present weights: they may be asked."""
+        for member in self._members:
+            if member.client in clients and not member.ready:
+                if self._router is not None:
+                    await self._router.add(member.client)
+                member.ready = True
+        self._tell()
+
+    async def some(self) -> tuple[ServerClient, ...]:
+        """`clients`, once there is one. Raises what is known of their end when none will come."""
+        while not self._members:
+            await self._change()
+        return self.clients
+
+    def _tell(self) -> None:
+        """Wake all who wait for a server."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _change(self, error: ServerError | None = None) -> None:
+        """Come back when the membership has changed; raise when nothing can be expected to change."""
+        if self._failure is not None:
+            raise self._failure
+        if not self._coming and all(member.ready for member in self._members):
+            self.hooks.diagnose()
+            raise error or ServerUnreachable("no server is left")
+        await self._changed.wait()
+
+    # Where requests go.
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Generation, None]:
+        """As `Generator.generate`. Raises ServerUnreachable when no server is left to try, or past the deadline."""
+        end = asyncio.get_running_loop().time() + self._deadline
+        waiting = dict(zip(request.ids, request.seeds, strict=True))
+        attempt = _Attempt(group_of(request.ids[0]))
+        while waiting:
+            left = replace(request, ids=tuple(waiting), seeds=tuple(waiting.values()))
+            async with self._asking(attempt, len(waiting), end) as (client, arrived):
+                samples = client.generate(left)
+                try:
+                    while True:
+                        async with asyncio.timeout_at(end):
+                            sample = await anext(samples, None)
+                        if sample is None:
+                            break
+                        if waiting.pop(sample.id, None) is None:
+                            raise ServerError(f"{client.url} sent a sample twice, or one of others", request=sample.id)
+                        arrived()
+                        yield sample
+                finally:
+                    await samples.aclose()
+            if attempt.error is not None and waiting:
+                self.hooks.retried(len(waiting))
+
+    async def choices(self, rid: str, token_ids: Ints, choices: Sequence[int]) -> list[float]:
+        """`ServerClient.choices`, at another server when one dies."""
+        end = asyncio.get_running_loop().time() + self._deadline
+        attempt = _Attempt(group_of(rid))
+        while True:
+            async with self._asking(attempt, 1, end) as (client, _), asyncio.timeout_at(end):
+                return await client.choices(rid, token_ids, choices)
+
+    @asynccontextmanager
+    async def _asking(
+        self, attempt: _Attempt, samples: int, end: float
+    ) -> AsyncIterator[tuple[ServerClient, Callable[[], None]]]:
+        """The server to ask for so many samples; to be told of each that arrives.
+
+        That it could not be reached ends the body, and is kept in `attempt.error` for the next one.
+        """
+        left = samples
+        try:
+            async with asyncio.timeout_at(end):
+                member = await self._choose(attempt, samples)
+            member.outstanding += left
+
+            def arrived() -> None:
+                nonlocal left
+                left, member.outstanding = left - 1, member.outstanding - 1
+
+            attempt.error = None
+            try:
+                yield member.client, arrived
+            except ServerUnreachable as error:
+                attempt.error = error
+                async with asyncio.timeout_at(end):
+                    await self._failed(member, attempt)
+            finally:
+                member.outstanding -= left
+        except TimeoutError:
+            raise ServerUnreachable(
+                f"{left} samples did not come within {self._deadline:g} s (deadline), retries included",
+                request=attempt.key,
+            ) from None
+
+    async def _choose(self, attempt: _Attempt, samples: int) -> Member:
+        """The server, or the router, that this request should try next; waits for one to come."""
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            ready = [member for member in self._members if member.ready]
+            if ready and self._router is not None:
+                if attempt.routed >= _ROUTED_TRIES and attempt.error is not None:
+                    raise attempt.error
+                return Member(client=self._router.client)
+            untried = [member for member in ready if member not in attempt.tried]
+            if untried:
+                return self._best(untried, attempt.key, samples)
+            await self._change(attempt.error)
+
+    def _best(self, members: Sequence[Member], key: str, samples: int) -> Member:
+        place = self._members.index
+        best = min(members, key=lambda m: (m.client.failing, m.outstanding, place(m)))
+        home = self._homes.get(key)
+        if home is not None and home in members and not home.client.failing:
+            total = sum(member.outstanding for member in members)
+            if home.outstanding + samples <= _BALANCE * (total + samples) / len(members):
+                best = home
+        self._homes[key] = best
+        self._homes.move_to_end(key)
+        if len(self._homes) > _HOMES:
+            self._homes.popitem(last=False)
+        return best
+
+    async def _failed(self, member: Member, attempt: _Attempt) -> None:
+        """What to do before the next attempt."""
+        attempt.tried.add(member)
+        if self._router is not None and member.client is self._router.client:
+            attempt.routed += 1
+            await asyncio.sleep(_BACKOFF * 2 ** (attempt.routed - 1))
+            if not await self._router.alive():
+                log.warning("the router at %s is gone: requests go to the servers directly", member.client.url)
+                self._router = None
+        else:
+            await self.hooks.suspect(member.client)
+
+    # What goes to all.
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._all(lambda client: client.close())
+        if self._router is not None:
+            await self._router.client.close()
+
+    async def pause(self, mode: PauseMode = "in_place") -> None:
+        """`ServerClient.pause` on every server."""
+        await self._all(lambda client: client.pause(mode))
+
+    async def resume_generation(self) -> None:
+        """`ServerClient.resume_generation` on every server."""
+        await self._all(lambda client: client.resume_generation())
+
+    async def abort(self, rid: str | None = None) -> None:
+        """`ServerClient.abort` on every server."""
+        await self._all(lambda client: client.abort(rid))
+
+    async def flush_cache(self) -> None:
+        """`ServerClient.flush_cache` on every server."""
+        await self._all(lambda client: client.flush_cache())
+
+    async def release_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+        """`ServerClient.release_memory` on every server."""
+        await self._all(lambda client: client.release_memory(tags))
+
+    async def resume_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+        """`ServerClient.resume_memory` on every server."""
+        await self._all(lambda client: client.resume_memory(tags))
+
+    async def load_from_disk(self, folder: str, version: int) -> None:
+        """`ServerClient.load_from_disk` on every server."""
+        await self._all(lambda client: client.load_from_disk(folder, version))
+
+    async def _all(self, verb: Callable[[ServerClient], Awaitable[None]]) -> None:
+        await asyncio.gather(*(verb(client) for client in self.clients))
