@@ -2,14 +2,14 @@
 
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.batch.settings import BatchSettings
@@ -22,7 +22,7 @@ from megatron_fapo.publish.settings import PublishSettings
 from megatron_fapo.records import Role
 from megatron_fapo.rollout.settings import EvaluationSettings, RolloutSettings
 from megatron_fapo.run.settings import CheckpointSettings
-from megatron_fapo.serving.settings import ServerSettings
+from megatron_fapo.serving.settings import EndpointSettings, ServerSettings
 from megatron_fapo.settings import Settings, load
 from megatron_fapo.tasks.settings import ClockSettings, TaskSettings
 
@@ -40,13 +40,25 @@ class TrainSettings(Settings):
     """Results independent of arrival and batch composition (CPU): two runs give the same metrics to the last digit."""
 
 
+def _kind_of_judge(given: Any) -> str:
+    """A section with an `endpoint` is an outside one."""
+    outside = isinstance(given, EndpointSettings) or (isinstance(given, Mapping) and "endpoint" in given)
+    return "outside" if outside else "servers"
+
+
 class ServersSettings(Settings):
     """Generation servers by role."""
 
     policy: ServerSettings
     """Servers that draw the rollouts."""
-    judge: ServerSettings | None = None
-    """Servers of the GenRM; needed while judge.enabled."""
+    judge: (
+        Annotated[
+            Annotated[ServerSettings, Tag("servers")] | Annotated[EndpointSettings, Tag("outside")],
+            Discriminator(_kind_of_judge),
+        ]
+        | None
+    ) = None
+    """Servers of the GenRM, or an outside endpoint; needed while judge.enabled."""
 
 
 class ClusterSettings(Settings):
@@ -99,14 +111,15 @@ class Config(Settings):
     def server(self, role: Role) -> ServerSettings:
         """The servers of a role: deterministic when the run is, able to sleep when they share their devices."""
         settings = {"policy": self.servers.policy, "judge": self.servers.judge}.get(role)
-        if settings is None:
-            raise ConfigError(f"servers.{role} is missing")
+        if not isinstance(settings, ServerSettings):
+            raise ConfigError(f"servers.{role} is missing" if settings is None else f"servers.{role} is an endpoint")
         settings = settings.changed(deterministic=self.train.deterministic or settings.deterministic)
         if self.cluster.placement == "split":
             return settings
         sglang = settings.sglang.changed(memory_saver=True) if settings.engine == "sglang" else settings.sglang
         # The policy is sent its weights after each sleep; nobody sends the judge its own.
-        return settings.changed(sglang=sglang, weights_cpu_backup=settings.weights_cpu_backup or role == "judge")
+        backup = settings.weights_cpu_backup or role == "judge"
+        return settings.changed(sglang=sglang, weights_cpu_backup=backup, restarts=0)
 
     @property
     def batching(self) -> BatchSettings:
@@ -217,20 +230,27 @@ class Config(Settings):
             return []
         if servers is None:
             return ["judge.enabled needs servers.judge (its model); or set judge.enabled=false"]
+        if judge.votes > 1 and judge.temperature == 0.0:
+            problems.append("judge.votes > 1 needs judge.temperature > 0: greedy votes are all the same")
+        if isinstance(servers, EndpointSettings):
+            if judge.cascade is not None or judge.probability == "token":
+                problems.append(
+                    "judge.cascade and judge.probability = token need servers of the judge's own: chat completions "
+                    "do not tell the probability of a verdict; leave servers.judge.endpoint out"
+                )
+            return problems
         needed = self.rollout.max_new_tokens + judge.max_new_tokens
         if servers.context_length <= needed:
             problems.append(
                 f"servers.judge.context_length = {servers.context_length} must be more than rollout.max_new_tokens + "
                 f"judge.max_new_tokens = {needed}: the judge reads the whole solution before its verdict"
             )
-        if judge.votes > 1 and judge.temperature == 0.0:
-            problems.append("judge.votes > 1 needs judge.temperature > 0: greedy votes are all the same")
         return problems
 
     def started_servers(self) -> list[tuple[Role, ServerSettings]]:
         """The servers that this run starts, by role."""
         started: list[tuple[Role, ServerSettings]] = [("policy", self.servers.policy)]
-        if self.judge.enabled and self.servers.judge is not None:
+        if self.judge.enabled and isinstance(self.servers.judge, ServerSettings):
             started.append(("judge", self.servers.judge))
         return started
 
@@ -300,11 +320,17 @@ def lacking(config: Config) -> list[str]:
             f"rollout.max_prompt_tokens + rollout.max_new_tokens = {needed} is more than the model's "
             f"max_position_embeddings = {model['max_position_embeddings']}"
         )
+    if config.judge.enabled and isinstance(config.servers.judge, EndpointSettings):
+        config.servers.judge.api_key()
     for role, server in config.started_servers():
         if server.engine == "sglang" and which(server.sglang.python) is None:
             lacks.append(
                 f"servers.{role}.sglang.python = {server.sglang.python}: no such program; name the Python of SGLang's "
                 "own environment"
+            )
+        if server.router == "sglang" and find_spec("sglang_router") is None:
+            lacks.append(
+                f"servers.{role}.router = sglang: sglang-router is not installed; pip install 'megatron-fapo[router]'"
             )
         server.api_key()
         for port in _fixed_ports(server):

@@ -100,9 +100,10 @@ def explain(tree: type[BaseModel], error: ValidationError) -> str:
     """A pydantic error in one line per problem, with the nearest known key for an unknown one."""
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        path, sections = _follow(tree, problem["loc"])
+        where = ".".join(path)
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {where!r}{_nearest(tree, problem['loc'])}")
+            lines.append(f"unknown key {where!r}{_nearest(path[-1], sections)}")
         elif problem["type"] == "missing":
             lines.append(f"missing key {where!r}")
         else:
@@ -111,18 +112,29 @@ def explain(tree: type[BaseModel], error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-def _nearest(tree: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    """`, did you mean ...?` for the last part of a location, looked up among the fields of its section."""
-    section: Any = tree
-    for part in location[:-1]:
-        field = section.model_fields.get(part) if _is_section(section) else None
-        candidates = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((c for c in candidates if _is_section(c)), None)
-    if not _is_section(section):
-        return ""
-    known = list(section.model_fields)
-    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else f", known here: {', '.join(known)}"
+def _follow(tree: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], list[type[BaseModel]]]:
+    """A location as a reader writes it, and the sections that its last part was looked up in.
+
+    Where a key has alternatives, pydantic's location goes on with the name of the one that was taken: it is left out.
+    """
+    path: list[str] = []
+    sections, inside, tagged = [tree], [tree], False
+    for part in location:
+        fields = [section.model_fields[str(part)] for section in inside if str(part) in section.model_fields]
+        if tagged and not fields:
+            tagged = False
+            continue
+        path.append(str(part))
+        sections, inside = inside, [leaf for field in fields for leaf in _parts(field.annotation) if _is_section(leaf)]
+        tagged = len(inside) > 1
+    return path, sections
+
+
+def _nearest(key: str, sections: Sequence[type[BaseModel]]) -> str:
+    """`, did you mean ...?` for a key, looked up among the fields of its section."""
+    known = list(dict.fromkeys(name for section in sections for name in section.model_fields))
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f", known here: {', '.join(known)}" if known else ""
 
 
 def _is_section(candidate: Any) -> bool:
@@ -150,7 +162,7 @@ def _reference(section: type[BaseModel], prefix: str) -> list[str]:
         if len(sections) == 1:
             inner.append((f"{prefix}{name}", sections[0]))
         elif sections:
-            inner += [(f"{prefix}{name} ({part.model_fields['name'].default})", part) for part in sections]
+            inner += [(f"{prefix}{name} ({_label(part)})", part) for part in sections]
         else:
             default = "required" if field.is_required() else f"`{_plain(field.default)}`"
             kind = f"`{_spell(field.annotation)}`{_bounds(field.metadata)}"
@@ -162,6 +174,12 @@ def _reference(section: type[BaseModel], prefix: str) -> list[str]:
     for title, part in inner:
         lines += _reference(part, f"{title}.")
     return lines
+
+
+def _label(section: type[BaseModel]) -> str:
+    """What tells a section from its alternatives: its `name`, else the key that it begins with."""
+    fields = section.model_fields
+    return str(fields["name"].default) if "name" in fields else next(iter(fields))
 
 
 def _parts(annotation: Any) -> list[Any]:

@@ -16,6 +16,9 @@ def shipped() -> list[Path]:
     return sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "train" in yaml.safe_load(p.read_text()))
 
 
+OUTSIDE = "endpoint: 'http://127.0.0.1:9/v1', model: m"
+
+
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_config_loads_and_survives_a_round_trip(path, tmp_path):
     config = read_config(path)
@@ -63,6 +66,8 @@ def test_inherits_takes_the_other_file_first(tmp_path):
         ("servers.policy.port=31001", "port 31001 is given to two servers"),
         ("judge.votes=3", "judge.votes > 1 needs judge.temperature > 0"),
         ("servers.policy.host=0.0.0.0", "set api_key_file"),
+        (f"servers.judge={{{OUTSIDE}, tiemout: 3}}", "unknown key 'servers.judge.tiemout', did you mean 'timeout'"),
+        ("servers.judge={endpoint: judge.example, model: m}", "servers.judge.endpoint: must be a URL"),
         ("task.name=chess", "task: .*'clock', 'math', 'critique'"),
     ],
 )
@@ -121,3 +126,14 @@ def test_the_reference_page_describes_every_key():
         assert f"| `{key}` |" in page
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert all(line.split(" | ")[-1].strip(" |") for line in rows), "a key has no description"
+
+
+def test_a_judge_outside_needs_no_server_but_its_key_and_cannot_say_probabilities(monkeypatch):
+    config = read_config(CLOCK, [f"servers.judge={{{OUTSIDE}, api_key_env: JUDGE_KEY}}"])
+    assert [role for role, _ in config.started_servers()] == ["policy"]
+    with pytest.raises(ConfigError, match="variable JUDGE_KEY is not set"):
+        check_surroundings(config)
+    monkeypatch.setenv("JUDGE_KEY", "k")
+    check_surroundings(config)
+    with pytest.raises(ConfigError, match="do not tell the probability of a verdict"):
+        read_config(CLOCK, [f"servers.judge={{{OUTSIDE}}}", "judge.cascade={clean_below: 0.1}"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fapo.config import Config
-from megatron_fapo.judge.answerer import OpenAI, Served
+from megatron_fapo.judge.answerer import Answerer, OpenAI, Served
 from megatron_fapo.judge.ask import Asker
 from megatron_fapo.judge.audit import Audit
 from megatron_fapo.judge.judge import Judge, Rules
@@ -20,6 +20,7 @@ from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.rollout.settings import RolloutSettings
 from megatron_fapo.serving.group import Hooks, ServerGroup
 from megatron_fapo.serving.launcher import launch
+from megatron_fapo.serving.settings import EndpointSettings
 from megatron_fapo.tasks.benchmarks import BenchmarkTask
 from megatron_fapo.tasks.interface import Task
 from megatron_fapo.tasks.registry import open_task as task_from
@@ -46,7 +47,7 @@ async def open_servers(
     config: Config, logs: Path, watcher: Watcher | None = None
 ) -> AsyncIterator[dict[Role, ServerGroup]]:
     """Start the servers of all roles that the run needs, side by side; stop them at the end."""
-    roles: list[Role] = ["policy", "judge"] if config.judge.enabled else ["policy"]
+    roles = [role for role, _ in config.started_servers()]
     watcher = watcher or Watcher()
     hooks = {role: Hooks(retried=watcher.retried, restarted=watcher.restarted) for role in roles}
     async with AsyncExitStack() as stack:
@@ -97,13 +98,12 @@ def _sampler(
     watcher: Watcher,
 ) -> Sampler:
     asker = None
-    if "judge" in servers:
-        tokenizer = ChatTokenizer.load(Path(config.server("judge").model))
-        served = Served(servers["judge"], tokenizer)
-        asker = Asker(served, judge, SystemClock(), config.train.seed, watcher.judged)
+    answerer = _answerer(config, servers)
+    if answerer is not None:
+        asker = Asker(answerer, judge, SystemClock(), config.train.seed, watcher.judged)
     audit = None
-    if asker is not None and judge.audit is not None:
-        audit = Audit(judge.audit, _reference(judge.audit, served, judge, config.train.seed))
+    if answerer is not None and judge.audit is not None:
+        audit = Audit(judge.audit, _reference(judge.audit, answerer, judge, config.train.seed))
     rules = Rules(
         judge=judge, algorithm=config.algorithm, group_size=rollout.group_size, max_tokens=rollout.max_new_tokens
     )
@@ -119,7 +119,18 @@ def _sampler(
     )
 
 
-def _reference(audit: AuditSettings, served: Served, judge: JudgeSettings, seed: int) -> Asker | None:
+def _answerer(config: Config, servers: Mapping[Role, ServerGroup]) -> Answerer | None:
+    """The judge: on servers of the run, behind an outside endpoint, or none."""
+    settings = config.servers.judge
+    if not config.judge.enabled:
+        return None
+    if isinstance(settings, EndpointSettings):
+        key = settings.api_key()
+        return OpenAI(settings.endpoint, settings.model, key, timeout=settings.timeout, retries=settings.retries)
+    return Served(servers["judge"], ChatTokenizer.load(Path(config.server("judge").model)))
+
+
+def _reference(audit: AuditSettings, judged: Answerer, judge: JudgeSettings, seed: int) -> Asker | None:
     """Who audits the judge; None where the task's oracle does."""
     if audit.reference == "oracle":
         return None
@@ -132,6 +143,6 @@ def _reference(audit: AuditSettings, served: Served, judge: JudgeSettings, seed:
         errors=None,
     )
     if audit.endpoint is None or audit.model is None:
-        return Asker(served, settings, SystemClock(), seed + 1)
+        return Asker(judged, settings, SystemClock(), seed + 1)
     key = None if audit.api_key_file is None else audit.api_key_file.read_text().strip()
     return Asker(OpenAI(audit.endpoint, audit.model, key), settings, SystemClock(), seed + 1)

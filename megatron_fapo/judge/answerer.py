@@ -1,5 +1,6 @@
 """What a judge is asked through: one of our servers (token ids), or any OpenAI-compatible endpoint (messages)."""
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from megatron_fapo.critique.boxed import OPENING
 from megatron_fapo.errors import RequestRejected, ServerError, ServerUnreachable
 from megatron_fapo.records import GenerationRequest, Ints, Message, Sampling, ints
 from megatron_fapo.serving.interface import Scorer
+
+_BACKOFF = 0.5
+"""Seconds before an endpoint is asked again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,17 +108,29 @@ class Served:
         return (flawed / (clean + flawed) if clean + flawed else 0.5), wrong
 
 
+class _Busy(ServerError):
+    """An endpoint that is to be asked later."""
+
+    def __init__(self, message: str, after: str, name: str) -> None:
+        super().__init__(message, request=name)
+        self.seconds = float(after) if after.isdigit() else None
+
+
 class OpenAI:
     """A judge behind an OpenAI-compatible `/chat/completions`.
 
-    As an asynchronous context manager it keeps its connections; else each call has one of its own.
+    As an asynchronous context manager it keeps its connections; else each call has one of its own. An endpoint that is
+    busy, fails or cannot be reached is asked again `retries` times, after a wait that doubles, or as it says itself.
     """
 
-    def __init__(self, url: str, model: str, api_key: str | None = None, *, timeout: float = 600.0) -> None:
+    def __init__(
+        self, url: str, model: str, api_key: str | None = None, *, timeout: float = 600.0, retries: int = 0
+    ) -> None:
         self._url = f"{url.rstrip('/')}/chat/completions"
         self._model = model
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = timeout
+        self._retries = retries
         self._session: Any = None
 
     async def __aenter__(self) -> "OpenAI":
@@ -135,12 +151,32 @@ class OpenAI:
     async def answers(self, question: Question) -> AsyncIterator[Answer]:
         """As `Answerer.answers`; a request for each answer, since endpoints differ in what they make of `n`."""
         session = self._session or self._connect()
+        votes = [
+            asyncio.ensure_future(self._patiently(session, question, name, seed))
+            for name, seed in zip(question.ids, question.seeds, strict=True)
+        ]
         try:
-            for name, seed in zip(question.ids, question.seeds, strict=True):
-                yield await self._answer(session, question, name, seed)
+            for vote in asyncio.as_completed(votes):
+                yield await vote
         finally:
+            for task in votes:
+                task.cancel()
+            await asyncio.gather(*votes, return_exceptions=True)
             if session is not self._session:
                 await session.close()
+
+    async def _patiently(self, session: Any, question: Question, name: str, seed: int) -> Answer:
+        for attempt in range(self._retries):
+            try:
+                return await self._answer(session, question, name, seed)
+            except RequestRejected:
+                raise
+            except _Busy as busy:
+                wait = busy.seconds
+            except ServerError:
+                wait = None
+            await asyncio.sleep(_BACKOFF * 2**attempt if wait is None else wait)
+        return await self._answer(session, question, name, seed)
 
     async def _answer(self, session: Any, question: Question, name: str, seed: int) -> Answer:
         import aiohttp
@@ -156,9 +192,10 @@ class OpenAI:
         try:
             async with session.post(self._url, json=body) as response:
                 if response.status >= 400:
-                    said = (await response.text())[:200]
-                    kind = RequestRejected if response.status < 500 and response.status != 429 else ServerError
-                    raise kind(f"{self._url} answered {response.status}: {said}", request=name)
+                    said = f"{self._url} answered {response.status}: {(await response.text())[:200]}"
+                    if response.status < 500 and response.status != 429:
+                        raise RequestRejected(said, request=name)
+                    raise _Busy(said, response.headers.get("Retry-After", ""), name)
                 return _answer_in(await response.json(), self._url, name)
         except (TimeoutError, aiohttp.ClientError, ValueError) as error:
             raise ServerUnreachable(f"{self._url}: {type(error).__name__}: {error}", request=name) from None

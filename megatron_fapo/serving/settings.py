@@ -1,10 +1,11 @@
 """Settings of a group of generation servers. Light: no torch, no HTTP library."""
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_fapo.errors import ConfigError
 from megatron_fapo.settings import Settings
@@ -38,6 +39,41 @@ class SGLangSettings(Settings):
     """Let the server give memory back between phases (--enable-memory-saver); for training on the same device."""
     arguments: tuple[str, ...] = ()
     """Further arguments of `sglang.launch_server`, as they are written on its command line."""
+
+
+class EndpointSettings(Settings):
+    """A model that others serve behind OpenAI's chat completions, in place of servers of the run's own.
+
+    Its weights stay as they are, and its reproducibility is its operator's.
+    """
+
+    endpoint: str
+    """URL up to `/v1`."""
+    model: str
+    """The model's name there."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; null sends none."""
+    timeout: Seconds = 600.0
+    """Seconds for one answer."""
+    retries: Annotated[int, Field(ge=0)] = 5
+    """Further attempts where the endpoint is busy (429), fails (5xx) or cannot be reached, each after twice the wait of
+    the one before, or after what its Retry-After says."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_a_url(cls, endpoint: str) -> str:
+        if not endpoint.startswith(("http://", "https://")):
+            raise ValueError("must be a URL, http:// or https://, up to /v1")
+        return endpoint
+
+    def api_key(self) -> str | None:
+        """The key, from the environment. Raises ConfigError when the variable is not set."""
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env)
+        if not key:
+            raise ConfigError(f"servers.judge.api_key_env: the environment variable {self.api_key_env} is not set")
+        return key
 
 
 class ServerSettings(Settings):

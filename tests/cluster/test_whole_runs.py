@@ -274,6 +274,32 @@ def test_servers_killed_in_the_middle_of_a_step_come_back_and_no_digit_changes(w
         assert line["rollout/lag_max"] == 0
 
 
+@pytest.mark.long
+def test_a_judge_outside_of_the_run_gives_the_verdicts_of_one_inside(whole, tmp_path):
+    """An OpenAI-compatible endpoint, here the embedded engine with the judge's model, asks for a key."""
+    (tmp_path / "key").write_text("open sesame")
+    judge = "configs/clock/warm-start/judge"
+    options = ["context_length=256", "max_running=32", "deterministic=true", f"api_key_file={tmp_path / 'key'}"]
+    with (tmp_path / "judge.log").open("w") as log:
+        command = [FAPO, "serve", judge, "--port", "0", *(word for option in options for word in ("--set", option))]
+        serving = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        while not (found := re.findall(r"is served at (\S+)", (tmp_path / "judge.log").read_text())):
+            assert serving.poll() is None
+            time.sleep(0.05)
+        outside = f"servers.judge={{endpoint: '{found[0]}/v1', model: {judge}, api_key_env: JUDGE_KEY}}"
+        os.environ["JUDGE_KEY"] = "open sesame"
+        run = tmp_path / "run"
+        finish(start(run, outside, "train.steps=2", "evaluation.every=0"))
+    finally:
+        serving.terminate()
+        serving.wait()
+        os.environ.pop("JUDGE_KEY", None)
+    assert not list((run / "logs").glob("judge-*"))
+    alone = [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in timeless(whole)]
+    assert timeless(run) == alone[:2]
+
+
 def server_info(address: str) -> dict:
     with urllib.request.urlopen(f"http://{address}/get_server_info", timeout=30) as answer:
         return json.load(answer)

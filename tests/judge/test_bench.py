@@ -9,11 +9,12 @@ from typer.testing import CliRunner
 
 from megatron_fapo.cli.main import app
 from megatron_fapo.critique.prompt import judge_prompt, judge_prompt_of, process_bench_prompt
-from megatron_fapo.errors import ConfigError, DataError
-from megatron_fapo.judge.answerer import OpenAI
+from megatron_fapo.errors import ConfigError, DataError, RequestRejected
+from megatron_fapo.judge.answerer import OpenAI, Question
 from megatron_fapo.judge.bench import Row, harmonic_mean, read_predictions, read_rows, score
 from megatron_fapo.judge.bench_run import check_references, predict
 from megatron_fapo.judge.settings import JudgeSettings
+from megatron_fapo.records import Message
 from megatron_fapo.tasks import clock_world
 from megatron_fapo.tasks.clock import ClockTask
 from megatron_fapo.tasks.settings import ClockSettings
@@ -216,6 +217,43 @@ async def test_an_endpoint_is_asked_and_asked_again_only_about_what_is_missing(t
     assert [predictions[r.id] for r in rows] == [1, 1, 1, -1, -1, -1, -1, -1]
     with pytest.raises(DataError, match="name another file"):
         await predict(rows, None, JudgeSettings(), judge="some-model", form="fapo", out=out)
+
+
+async def test_a_busy_endpoint_is_asked_again_when_it_says(tmp_path):
+    """429 with Retry-After, then 503, then an answer; a refusal is not asked again."""
+    turns = iter([(429, {"Retry-After": "0"}), (503, {"Retry-After": "0"}), (200, {}), (400, {})])
+    asked = []
+
+    async def handle(request):
+        asked.append((await request.json(), request.headers["Authorization"]))
+        status, headers = next(turns)
+        if status != 200:
+            return web.Response(status=status, text="not now", headers=headers)
+        choice = {"message": {"role": "assistant", "content": "\\boxed{2}"}, "finish_reason": "stop"}
+        return web.json_response({"choices": [choice], "usage": {"completion_tokens": 7}})
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", handle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    judge = OpenAI(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", "some-model", "key", retries=2)
+    question = Question(
+        ids=("a",),
+        seeds=(5,),
+        messages=(Message(role="user", content="q"),),
+        temperature=0.5,
+        top_p=1,
+        max_new_tokens=9,
+    )
+    assert [answer.text async for answer in judge.answers(question)] == ["\\boxed{2}"]
+    with pytest.raises(RequestRejected, match="answered 400: not now"):
+        _ = [answer async for answer in judge.answers(question)]
+    assert len(asked) == 4
+    sent = {"model": "some-model", "messages": [{"role": "user", "content": "q"}], "max_tokens": 9, "seed": 5}
+    assert sent.items() <= asked[0][0].items()
+    assert asked[0][1] == "Bearer key"
+    await runner.cleanup()
 
 
 async def test_a_verdict_that_cannot_be_used_is_a_prediction_of_none(tmp_path):

@@ -230,6 +230,74 @@ async def test_text(server, model_a):
     assert (answer["output_ids"], answer["text"].split()) == (expected, [f"w{i}" for i in expected])
 
 
+CHAT = [{"role": "system", "content": "w5"}, {"role": "user", "content": "w6 w7"}]
+"""[5, 6, 7, 2] under the template of the tiny model."""
+
+
+async def chat(server, **body):
+    greedy = {"messages": CHAT, "temperature": 0, "max_tokens": 8, "ignore_eos": True, "model": "m"}
+    return await server.post("/v1/chat/completions", **{**greedy, **body})
+
+
+async def test_models(server, models):
+    """`GET /v1/models`: the one model under its path"""
+    async with server.session() as session, session.get(f"{server.url}/v1/models") as response:
+        (model,) = (await response.json())["data"]
+    assert {"id": str(models[0]), "object": "model", "max_model_len": CONTEXT}.items() <= model.items()
+
+
+async def test_chat(server, model_a):
+    """`/v1/chat/completions`: `content`, `finish_reason`, `usage` of greedy answers; `max_tokens`, `n`, `logprobs`"""
+    expected = model_a.greedy([5, 6, 7, 2], 8)
+    status, answer = await chat(server, n=2, logprobs=True)
+    assert status == 200, answer
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    for choice in answer["choices"]:
+        assert choice["message"]["role"] == "assistant"
+        assert choice["message"]["content"].split() == [f"w{token}" for token in expected]
+        assert choice["finish_reason"] == "length"
+        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        np.testing.assert_allclose(logprobs, model_a.logprobs([5, 6, 7, 2], expected), atol=1e-5)
+    used = {"completion_tokens": 16, "prompt_tokens": 4, "total_tokens": 20}
+    assert used.items() <= answer["usage"].items()
+
+
+async def test_chat_end(server, model_a):
+    """`/v1/chat/completions`: the end of sequence and `stop` texts end an answer and are cut from it"""
+    expected = model_a.greedy([5, 6, 7, 2], 8)
+    _, answer = await chat(server, stop=[f"w{expected[4]}"])
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "stop"
+    before = expected[: expected.index(expected[4])]
+    assert choice["message"]["content"].split() == [f"w{token}" for token in before]
+    _, answer = await chat(server, n=64, temperature=1.0, max_tokens=100, ignore_eos=False)
+    ended = [choice for choice in answer["choices"] if choice["finish_reason"] == "stop"]
+    assert ended
+    assert not any(f"w{EOS}" in choice["message"]["content"].split() for choice in ended)
+
+
+async def test_chat_stream(server, model_a):
+    """`/v1/chat/completions` with `stream`: pieces of `content`, then `usage` where `stream_options` asks, `[DONE]`"""
+    body = {"messages": CHAT, "temperature": 0, "max_tokens": 8, "ignore_eos": True, "model": "m", "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    async with server.session() as session, session.post(f"{server.url}/v1/chat/completions", json=body) as response:
+        text = await response.text()
+    assert text.rstrip().endswith("data: [DONE]")
+    *chunks, last = events(text)
+    words = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert words.split() == [f"w{token}" for token in model_a.greedy([5, 6, 7, 2], 8)]
+    assert [c["choices"][0]["finish_reason"] for c in chunks if c["choices"][0]["finish_reason"]] == ["length"]
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert (last["choices"], last["usage"]["total_tokens"]) == ([], 12)
+
+
+async def test_chat_refusals(server):
+    """`/v1/chat/completions`: what is wrong with a request is refused with 400"""
+    for wrong in ({"messages": []}, {"messages": "w5"}, {"temperature": -1}, {"max_tokens": 2000}):
+        status, answer = await chat(server, **wrong)
+        assert status == 400, (wrong, answer)
+
+
 # --- errors
 
 

@@ -89,7 +89,7 @@ async def test_a_server_killed_in_the_middle_changes_no_sample(models, tmp_path,
     """Two servers, one is killed; the other goes on, and the first gets no work before it holds the weights."""
     faults = Faults()
     requests = [
-        request_for(prompt, seeds=range(4), name=f"p{i}", max_new_tokens=300) for i, prompt in enumerate(prompts)
+        request_for(prompt, seeds=range(4), name=f"p{i}", max_new_tokens=120) for i, prompt in enumerate(prompts[:4])
     ]
     async with group_of_servers(models, tmp_path, faults, count=2, router=router) as group:
         undisturbed = tokens(await collect(group, requests))
@@ -110,7 +110,7 @@ async def test_a_server_killed_in_the_middle_changes_no_sample(models, tmp_path,
         (again,) = faults.came
         assert (faults.restarts, again in group.clients, group.may_ask(again)) == (1, True, False)
         assert victim not in group.clients
-        assert tokens(await collect(group, requests[:3])).items() <= undisturbed.items()
+        assert tokens(await collect(group, requests[:2])).items() <= undisturbed.items()
         assert (await again.info())["served"] == 0
         faults.gate.set()
         await until(lambda: group.may_ask(again))

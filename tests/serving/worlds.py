@@ -63,7 +63,9 @@ def make_model(folder: Path, kind: str = "qwen3", seed: int = 0) -> Path:
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token=f"w{EOS}").save_pretrained(folder)
+    chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token=f"w{EOS}")
+    chat.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}w2"
+    chat.save_pretrained(folder)
     return folder
 
 

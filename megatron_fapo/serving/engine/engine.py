@@ -242,8 +242,11 @@ class Engine:
                 self._wake.wait()
             if self._stopping:
                 return False
-            self._waiting.extend(self._arrived)
-            self._arrived.clear()
+            if self._arrived:
+                self._waiting.extend(self._arrived)
+                self._arrived.clear()
+                if len({sample.priority for sample in self._waiting}) > 1:
+                    self._waiting = deque(sorted(self._waiting, key=lambda sample: -sample.priority))
             commands, self._commands = self._commands, deque()
         for command, future in commands:
             self._obey(command, future)

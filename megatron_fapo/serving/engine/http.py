@@ -13,6 +13,7 @@ from aiohttp import web
 
 from megatron_fapo.errors import DataError, FapoError, RequestRejected, WeightsError
 from megatron_fapo.serving.engine import protocol
+from megatron_fapo.serving.engine.chat import Chat, parse_chat
 from megatron_fapo.serving.engine.protocol import Json, Limits, Parsed
 from megatron_fapo.serving.engine.sample import Answer
 from megatron_fapo.serving.engine.text import Text
@@ -56,7 +57,9 @@ class Routes:
             get(path, self.model_info)
         for path in ("/get_server_info", "/server_info"):
             get(path, self.server_info)
+        get("/v1/models", self.models)
         post("/generate", self.generate)
+        post("/v1/chat/completions", self.chat)
         post("/update_weights_from_disk", self.update_from_disk)
         post("/begin_weight_update", self.begin_update)
         post("/update_weights_from_tensor", self.update_from_tensor)
@@ -148,6 +151,45 @@ class Routes:
             for answer in answers:
                 results[answer.sample.index] = self._render(answer, parsed)
         return web.json_response(results if parsed.many else results[0])
+
+    async def models(self, request: web.Request) -> web.Response:
+        """The one model, as OpenAI's clients list them."""
+        card = {"id": self._settings.model, "object": "model", "created": 0, "owned_by": "megatron_fapo"}
+        return web.json_response({"object": "list", "data": [{**card, "max_model_len": self._limits.context_length}]})
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """Messages in, messages out."""
+        chat = parse_chat(await _body(request), self._settings.model, self._limits, self._text)
+        parsed = protocol.parse_generate(chat.generate, self._limits, self._text)
+        self._refuse_without_weights()
+        results: list[Json] = [{}] * len(parsed.samples)
+        if chat.stream:
+            return await self._chat_stream(request, chat, parsed, results)
+        async for answers, _ in self._answers(parsed):
+            for answer in answers:
+                results[answer.sample.index] = self._render(answer, parsed)
+        return web.json_response(chat.completion(results, self._text))
+
+    async def _chat_stream(
+        self, request: web.Request, chat: Chat, parsed: Parsed, results: list[Json]
+    ) -> web.StreamResponse:
+        """Server-sent events, each with what is new in a choice."""
+
+        async def pieces() -> Pieces:
+            told = [0] * len(results)
+            async for answers, last in self._answers(parsed):
+                chunks: list[Json] = []
+                for answer in answers:
+                    index = answer.sample.index
+                    results[index] = self._render(answer, parsed)
+                    new, told[index] = chat.chunks(index, results[index], told[index])
+                    chunks += new
+                if last and chat.usage:
+                    chunks.append(chat.last_chunk(results))
+                events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+                yield "".join([*events, "data: [DONE]\n\n"] if last else events).encode(), last
+
+        return await _stream(request, "text/event-stream", pieces())
 
     def _refuse_without_weights(self) -> None:
         blocked = self._engine.blocked or ""

@@ -22,7 +22,7 @@ _SAMPLING = {
 }  # fmt: skip
 _BODY = {
     "input_ids", "text", "sampling_params", "rid", "stream", "return_logprob", "group_stream", "logprob_start_len",
-    "token_ids_logprob", "log_metrics",
+    "token_ids_logprob", "log_metrics", "priority",
 }  # fmt: skip
 
 
@@ -78,6 +78,7 @@ def parse_generate(body: Json, limits: Limits, text: Text) -> Parsed:
                     stream=stream,
                     inbox=inbox,
                     watched=watched,
+                    priority=_priority(body),
                 )
             )
             if watched and options.max_new_tokens != 1:
@@ -103,6 +104,13 @@ def _watched(body: Json, limits: Limits) -> tuple[int, ...]:
             f"token_ids_logprob: must be a list of tokens below {limits.vocabulary}, found {given!r:.60}"
         )
     return tuple(given)
+
+
+def _priority(body: Json) -> int:
+    given = body.get("priority")
+    if given is not None and type(given) is not int:
+        raise RequestRejected(f"priority: must be an integer, found {given!r:.60}")
+    return given or 0
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: set[str], what: str) -> None:

@@ -42,6 +42,8 @@ class Sample:
     """Tokens whose log-probs after the prompt are asked for, whichever is drawn there."""
     watched_logprobs: list[float] = field(default_factory=list)
     """These, once the prompt is computed."""
+    priority: int = 0
+    """Of those that wait, the highest are admitted first, equals in their order."""
     aborted: bool = False
     tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Drawn before the sample was retracted, with `logprobs` and `versions`; drawing goes on from there."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fapo.errors import RequestRejected
+from megatron_fapo.records import Message
 from megatron_fapo.serving.engine.folder import eos_ids
 from megatron_fapo.serving.engine.sample import Answer
 
@@ -15,6 +16,7 @@ class Text:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "tokenizer.json"
         self._tokenizer: Any = None
+        self._chat: Any = None
         self.available = self._path.exists()
         self.eos_ids = eos_ids(folder)
 
@@ -25,6 +27,15 @@ class Text:
     def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids."""
         return str(self._load().decode(list(tokens), skip_special_tokens=skip_special))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a chat under the folder's template, ending where the model's turn begins."""
+        if self._chat is None:
+            from megatron_fapo.tasks.tokenizer import ChatTokenizer
+
+            self._load()
+            self._chat = ChatTokenizer.load(self._path.parent)
+        return [int(token) for token in self._chat.encode_chat(messages)]
 
     def find_stop(self, answer: Answer) -> str | None:
         """Which of the sample's stop texts its answer contains."""
