@@ -18,7 +18,9 @@ from megatron_fapo.settings import build
 if TYPE_CHECKING:
     from megatron_fapo.policy.shapes import Survey
 
-EXAMPLE = "Example: fapo convert runs/fapo/checkpoint --to runs/fapo/model --like configs/clock/warm-start/policy"
+EXAMPLE = (
+    "Example: fapo convert runs/fapo/checkpoints/latest --to runs/fapo/model --like configs/clock/warm-start/policy"
+)
 
 TOLERANCE = 1e-5
 """Of logits in float32, relative to the largest, between the two implementations (--verify)."""
@@ -80,6 +82,7 @@ def _of_run(path: Path, axes: dict[str, int | bool]) -> tuple[Path, ParallelSett
 
 
 def _convert(source: Path, to: Path, like: Path | None, shard_bytes: int, verify: bool) -> None:
+    from megatron_fapo.observe.model_card import run_of, write_card
     from megatron_fapo.policy import convert
     from megatron_fapo.policy.megatron_folder import is_checkpoint
 
@@ -96,6 +99,8 @@ def _convert(source: Path, to: Path, like: Path | None, shard_bytes: int, verify
 
         if checkpoint:
             convert.to_hugging_face(source, to, like, shard_bytes, show)
+            if (run := run_of(source)) is not None:
+                write_card(run[0], to, step=run[1])
         else:
             convert.to_megatron(source, to, show)
     if verify:

@@ -104,6 +104,7 @@ async def run_training(config: Config, folder: RunFolder, *, resume: bool) -> Ru
 async def _run_from(checkpoint: tuple[Path, RunState] | None, config: Config, folder: RunFolder) -> RunState:
     from megatron_fapo.cluster.cluster import open_cluster
     from megatron_fapo.cluster.serve_roles import Watcher
+    from megatron_fapo.observe.model_card import write_card
     from megatron_fapo.observe.sinks import open_sinks
     from megatron_fapo.train import train
 
@@ -121,4 +122,6 @@ async def _run_from(checkpoint: tuple[Path, RunState] | None, config: Config, fo
             state = await train(config, cluster, state, sinks)
             if state.step == config.train.steps and config.checkpoint.export_hf:
                 await cluster.save_hf(folder.model)
+    if state.step == config.train.steps and config.checkpoint.export_hf:
+        write_card(folder.path, folder.model)
     return state

@@ -191,6 +191,11 @@ METRICS: tuple[Metric, ...] = (
         time__update_rate="Tokens through the model a second of update.",
         time__step_rate="Response tokens a second of the whole step.",
     ),
+    Metric(
+        name="time/mfu",
+        unit="share",
+        description="Model FLOPs of the step's updates a second, of the peak of all ranks (observe.peak_tflops).",
+    ),
 )
 
 
@@ -216,5 +221,5 @@ def glossary() -> str:
         "| name | unit | meaning |",
         "|---|---|---|",
     ]
-    lines += [f"| `{m.name}` | {m.unit} | {m.description} |" for m in METRICS]
+    lines += ["| `{}` | {} | {} |".format(m.name, m.unit, m.description.replace("|", "\\|")) for m in METRICS]
     return "\n".join(lines) + "\n"

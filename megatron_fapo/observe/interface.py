@@ -9,6 +9,7 @@ from typing import Protocol
 from megatron_fapo.errors import DataError
 from megatron_fapo.observe.metrics import Metrics
 from megatron_fapo.records import Group
+from megatron_fapo.trace import Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class StepRecord:
     """{rollout id: reward}; a rollout of a dropped group has none."""
     advantages: Mapping[str, float]
     """{rollout id: mean advantage over its tokens}; a rollout of a dropped group has none."""
+    spans: tuple[Span, ...] = ()
+    """The step and its phases, in seconds since 1970."""
 
 
 class Sink(Protocol):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from megatron_fapo.observe.flops import ModelFlops
 from megatron_fapo.observe.glossary import glossary as glossary
 from megatron_fapo.observe.glossary import metric
 from megatron_fapo.records import (
@@ -109,6 +110,15 @@ def declared(metrics: Metrics) -> Metrics:
         if math.isinf(value):
             log.warning("%s is %s and left out", name, value)
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def mfu(groups: Sequence[Group], report: StepReport, flops: ModelFlops, peak: float) -> Metrics:
+    """The share of `peak` (FLOP/s of all ranks) that the step's updates used, at the groups' mean sequence length."""
+    sequences = [len(group.prompt.token_ids) + len(one.rollout.token_ids) for group in groups for one in group]
+    # a token's attention costs what its own sequence is long: long ones weigh more
+    length = share(sum(tokens * tokens for tokens in sequences), sum(sequences))
+    work = flops.per_token(length) * sum(update.tokens for update in report.updates)
+    return declared({"time/mfu": share(work, report.seconds * peak)})
 
 
 def without_time(metrics: Mapping[str, float]) -> Metrics:

@@ -14,6 +14,8 @@ from megatron_fapo.errors import DataError
 from megatron_fapo.observe.interface import files_of
 
 NAME = "run.json"
+FAILURE = "failure.json"
+"""What ended a run that failed: error, message, at."""
 PACKAGES = ("megatron-fapo", "torch", "megatron-core", "mbridge", "transformers", "ray", "numpy")
 
 
@@ -83,6 +85,18 @@ def read_run_info(folder: Path) -> RunInfo:
         return RunInfo(**{**values, "resumed": tuple(values["resumed"])})
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: not the description of a run ({error})") from None
+
+
+def read_failure(folder: Path) -> str:
+    """What ended the run, as "ServerUnreachable: ..."; empty where nothing did."""
+    path = folder / FAILURE
+    try:
+        note = json.loads(path.read_text())
+        return f"{note['error']}: {note['message']}"
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not the description of a failure ({error})") from None
 
 
 def _version(package: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from megatron_fapo.settings import Settings
 
@@ -20,6 +20,9 @@ class ObserveSettings(Settings):
     """Keep every rollout with its verdict, `rollouts/step-N.parquet`."""
     report: bool = True
     """Write `report.html` into the run folder when the run ends."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Dense peak of one rank's device in TFLOP/s at the precision of training (H100 SXM: 989 in BF16). With it
+    `time/mfu` is measured; null leaves it out."""
     tensorboard: bool = False
     """Write TensorBoard event files into `tensorboard/`."""
     wandb: Annotated[Literal["off", "offline", "online"], _OffIsAWord] = "off"

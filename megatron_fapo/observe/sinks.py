@@ -1,13 +1,19 @@
 """All sinks of a run as one, with the few calls that the loop makes."""
 
+import json
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from megatron_fapo.observe.console import ConsoleSink, open_console
+from megatron_fapo.observe.flops import ModelFlops, read_model_flops
 from megatron_fapo.observe.interface import Sink, StepRecord
 from megatron_fapo.observe.jsonl import JsonlSink
 from megatron_fapo.observe.metrics import (
@@ -15,13 +21,15 @@ from megatron_fapo.observe.metrics import (
     audit_metrics,
     declared,
     evaluation_metrics,
+    mfu,
     step_metrics,
     switch_metrics,
 )
 from megatron_fapo.observe.rollouts import RolloutsSink
-from megatron_fapo.observe.run_info import RunInfo, open_run_info
+from megatron_fapo.observe.run_info import FAILURE, RunInfo, open_run_info
 from megatron_fapo.observe.settings import ObserveSettings
 from megatron_fapo.observe.tensorboard import TensorBoardSink
+from megatron_fapo.observe.timeline import TimelineSink, merged
 from megatron_fapo.observe.wandb import WandbSink
 from megatron_fapo.records import Evaluation, Floats, Group, JudgeAudit, StepReport, WeightVersion
 from megatron_fapo.trace import Clock, Span, Spans, Switch, SystemClock
@@ -29,14 +37,32 @@ from megatron_fapo.trace import Clock, Span, Spans, Switch, SystemClock
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What MFU is measured against."""
+
+    flops: ModelFlops
+    peak: float
+    """FLOP/s of all training ranks."""
+
+
 class Sinks:
     """What the loop tells: phases, progress, steps, evaluations. Passes each step on to every sink."""
 
-    def __init__(self, sinks: Sequence[Sink], console: ConsoleSink, info: RunInfo, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        console: ConsoleSink,
+        info: RunInfo,
+        clock: Clock | None = None,
+        speed: "Speed | None" = None,
+    ) -> None:
         self._sinks = (*sinks, console)
+        self._speed = speed
         self._console = console
         self._info = info
         self._clock = clock or SystemClock()
+        self._epoch = time.time() - self._clock.now()
         self._landed = 0
         self._last_landed = 0.0
         self._judging: list[Span] = []
@@ -95,8 +121,9 @@ class Sinks:
         now = self._clock.now()
         spans.ended.append(Span(name="step", start=now if self._step_began is None else self._step_began, end=now))
         self._step_began = now
+        phases = list(spans.ended)
         spans.ended += self._judging
-        self._judging = []
+        judging, self._judging = self._judging, []
         ids = [judged.rollout.id for group in trained for judged in group]
         flat_rewards = [float(reward) for group in rewards for reward in group]
         flat_advantages = [_mean(tokens) for group in advantages for tokens in group]
@@ -106,6 +133,8 @@ class Sinks:
         )
         metrics |= audit_metrics(audit) | switch_metrics(switches) | declared(self._faults)
         self._faults = dict.fromkeys(self._faults, 0.0)
+        if self._speed is not None:
+            metrics |= mfu(groups, report, self._speed.flops, self._speed.peak)
         self._pass_on(
             StepRecord(
                 step=step,
@@ -113,6 +142,7 @@ class Sinks:
                 groups=tuple(groups),
                 rewards=dict(zip(ids, flat_rewards, strict=True)),
                 advantages=by_id,
+                spans=self._since_1970([*phases, *merged(judging, "judge")]),
             )
         )
 
@@ -126,6 +156,10 @@ class Sinks:
         if self._evaluation is not None:
             step = self._evaluation[0]
             self._pass_on(StepRecord(step=step, metrics=self._evaluated(step), rewards={}, advantages={}))
+
+    def _since_1970(self, spans: Sequence[Span]) -> tuple[Span, ...]:
+        shift = self._epoch
+        return tuple(Span(name=span.name, start=span.start + shift, end=span.end + shift) for span in spans)
 
     def _evaluated(self, step: int) -> Metrics:
         waiting, self._evaluation = self._evaluation, None
@@ -158,24 +192,45 @@ def open_sinks(
     Raises DataError.
     """
     info = open_run_info(folder, config)
+    (folder / FAILURE).unlink(missing_ok=True)
     with ExitStack() as stack:
+        stack.push(partial(_note_failure, folder))
         sinks = []
         for sink in chain(_file_sinks(settings, folder, info, config, resume_step), extra):
             stack.callback(sink.close)
             sinks.append(sink)
         console = open_console(settings.console, info, first_step=resume_step)
         stack.callback(console.close)
-        together = Sinks(sinks, console, info, clock)
+        together = Sinks(sinks, console, info, clock, _speed(settings, config))
         yield together
         together.finish()
     if settings.report:
         _write_report(folder)
 
 
+def _speed(settings: ObserveSettings, config: Mapping[str, Any]) -> Speed | None:
+    if settings.peak_tflops is None:
+        return None
+    parallel = config["policy"]["parallel"]
+    ranks = parallel["tensor"] * parallel["pipeline"] * parallel["context"] * parallel["data"]
+    flops = read_model_flops(Path(config["policy"]["model"]))
+    return Speed(flops=flops, peak=settings.peak_tflops * 1e12 * ranks)
+
+
+def _note_failure(folder: Path, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    """What ended a run, for its report; a run that is told to stop has not failed."""
+    if isinstance(error, Exception):
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        note = {"error": type(error).__name__, "message": str(error), "at": now}
+        with suppress(OSError):  # a full disk is what ended it, perhaps: its error must come through
+            (folder / FAILURE).write_text(json.dumps(note) + "\n")
+
+
 def _file_sinks(
     settings: ObserveSettings, folder: Path, info: RunInfo, config: Mapping[str, Any], resume_step: int
 ) -> Iterator[Sink]:
     yield JsonlSink(folder, resume_step)
+    yield TimelineSink(folder, resume_step)
     if settings.rollouts:
         yield RolloutsSink(folder, resume_step)
     if settings.tensorboard:

@@ -91,6 +91,8 @@ def test_a_run_trains_judges_publishes_and_records(whole):
         assert line["train/grad_norm_max"] > 0
     assert len(list((whole / "rollouts").glob("*.parquet"))) == 4
     assert (whole / "model/model.safetensors").stat().st_size > 1e6
+    assert "after 4 steps of reinforcement learning" in (whole / "model/README.md").read_text()
+    assert len((whole / "timeline.jsonl").read_text().splitlines()) == 4
     assert oct((whole / "ray-token").stat().st_mode & 0o777) == "0o600"
 
 

@@ -2,8 +2,12 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from random import Random
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -14,10 +18,14 @@ from megatron_fapo.observe.report.arms import arms_of, labels
 from megatron_fapo.observe.report.browser import GROUPS, chosen_groups, chosen_steps
 from megatron_fapo.observe.report.build import render, write_report
 from megatron_fapo.observe.report.curves import mean_line, smooth
-from megatron_fapo.observe.report.overview import headline
+from megatron_fapo.observe.report.findings import failures, findings
+from megatron_fapo.observe.report.live import serve_report
+from megatron_fapo.observe.report.overview import differences, headline
+from megatron_fapo.observe.report.trace import write_trace
 from megatron_fapo.observe.rollouts import RolloutRow
 from megatron_fapo.observe.runs import RunRecord, read_run
 from megatron_fapo.observe.sinks import open_sinks
+from megatron_fapo.observe.timeline import read_timeline
 from megatron_fapo.records import Group, Judged, Outcome, Prompt, Rollout, Verdict, VersionSpan, floats, ints
 from tests.observe.synthetic import HandClock, config_of, make_report, write_run, write_step
 
@@ -73,7 +81,7 @@ def embedded(page: str, name: str) -> list:
 def test_the_page_is_one_file_that_names_no_address(runs):
     page = render(runs)
     assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!data:,|#)[a-z]+:", page)
-    assert re.findall(r"https?://[^\s\"']+", page) == ["http://www.w3.org/2000/svg"]
+    assert set(re.findall(r"https?://[^\s\"']+", page)) == {"http://www.w3.org/2000/svg"}
 
 
 def test_the_headline_compares_the_last_ten_steps(runs):
@@ -149,6 +157,63 @@ def test_a_run_without_rollouts_and_without_an_oracle_has_a_page(tmp_path):
     assert "Right answers: FAPO" in render([read_run(run)])
 
 
+def test_what_needs_a_look_is_said_with_what_to_do(tmp_path):
+    folder = write_run(tmp_path / "run", "fapo", 1, 30)
+    assert findings(read_run(folder)) == []
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    spoiled = {
+        "audit/alarm": 1.0, "mismatch/mean": 0.2, "rollout/truncated_share": 0.4, "judge/asked": 50.0,
+        "judge/failed": 5.0, "time/judge_exposed": 2.0, "time/step": 4.0, "train/imbalance": 2.0,
+    }  # fmt: skip
+    changed = [{**line, **(spoiled if line["step"] >= 20 else {})} for line in lines]
+    changed[-1]["train/grad_norm_max"] = 1e4
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    (folder / "failure.json").write_text(json.dumps({"error": "Diverged", "message": "loss is nan", "at": "now"}))
+    found = findings(read_run(folder))
+    assert [finding.level for finding in found] == ["bad"] * 3 + ["look"] * 6
+    for words in ("Diverged: loss is nan", "J's interval", "0.2 nats", "40 % of the rollouts", "10.0 % of the verdicts",
+                  "50 % of a step", "2 times the mean", "has grown to", "step 29"):  # fmt: skip
+        assert len([f for f in found if words in f.what]) == 1, words
+    page = render([read_run(folder)])
+    assert page.count('class="bad"') == 3
+    assert "failed after step 29" in page
+
+
+def test_failures_are_counted_by_name(runs):
+    run = arms_of(runs)[0].runs[0]
+    rows = [row for step in run.rollouts for row in run.rows(step)]
+    failed = sum(row.verdict == "failed" for row in rows)
+    assert failed
+    found = failures(run)
+    assert found["verdict failed", "no \\boxed{} in the last 300 characters"] == failed
+    assert found["rollout cut off", "token limit"] == sum(row.finish_reason == "length" for row in rows)
+    assert "no \\boxed{} in the last 300 characters" in render(runs)
+
+
+def test_settings_that_differ_are_shown(runs):
+    shown = differences(runs)
+    assert "judge.enabled" in shown
+    assert "train.seed" not in shown
+    assert differences(runs[:2]) == ""
+
+
+def test_a_trace_has_every_phase_in_order(runs, tmp_path):
+    write_trace(runs, tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert names == set(labels(runs))
+    steps = [event for event in events if event["pid"] == 0 and event["ph"] == "X" and event["tid"] == 0]
+    assert [event["name"] for event in steps] == [f"step {number}" for number in range(STEPS)]
+    assert all(one["ts"] + one["dur"] <= other["ts"] + 1 for one, other in pairwise(steps))
+    inside = [event for event in events if event["ph"] == "X" and event["pid"] == 0 and event["args"]["step"] == 7]
+    whole = next(event for event in inside if event["tid"] == 0)
+    assert {event["name"] for event in inside} == {"step 7", "publish", "generate", "update"}
+    assert sum(event["dur"] for event in inside) == pytest.approx(2 * whole["dur"], abs=5), "phases fill the step"
+    assert {event["name"] for event in events if event["ph"] == "C"} >= {"flawed/oracle", "time/step_rate"}
+    with pytest.raises(DataError, match="nothing to trace"):
+        write_trace([], tmp_path / "none.json")
+
+
 # --- in a browser
 
 MARKS = """all => all.map(one => [one.dataset.id, [".by-judge", ".by-oracle"].map(kind =>
@@ -161,7 +226,10 @@ UNNAMED = """[...document.querySelectorAll("button, select, input, [role=region]
   .filter(one => !(one.getAttribute("aria-label") || one.labels?.length || one.textContent.trim()))
   .map(one => one.outerHTML)"""
 
-COLOURED = ("h1", ".soft", ".tile h3", ".chip", ".words", ".index", ".facts", "button", ".name", ".about", ".stack i")
+COLOURED = (
+    "h1", ".soft", "nav a", ".calm", ".why", "summary", ".tile h3", ".chip", ".words", ".index", ".facts", "button",
+    ".name", ".about", ".stack i",
+)  # fmt: skip
 
 CONTRAST = """selector => {
   const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
@@ -197,7 +265,8 @@ class Reader:
     """A page that is open, with everything it complained about or asked for."""
 
     def __init__(self, chromium, path: Path, width: int = 1280, scheme: str = "light") -> None:
-        self.page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        size = {"width": width, "height": 900}
+        self.page = chromium.new_page(viewport=size, color_scheme=scheme, reduced_motion="reduce")
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda message: self.complaints.append(message.text))
@@ -221,7 +290,7 @@ def reader(chromium, report_file):
     opened = Reader(chromium, report_file)
     yield opened
     assert opened.complaints == []
-    assert [url for url in opened.requests if not url.startswith("data:")] == [report_file.as_uri()]
+    assert {url for url in opened.requests if not url.startswith("data:")} == {report_file.as_uri()}
     opened.page.close()
 
 
@@ -238,6 +307,7 @@ def test_curves_of_all_runs_are_drawn(reader, runs):
         paths = chart.locator("path").evaluate_all("all => all.map(p => [p.getAttribute('d'), p.getTotalLength()])")
         assert paths
         assert all(length > 20 and "NaN" not in d for d, length in paths)
+    assert reader.page.locator("[data-metric='classes/fapo'] path.area").count() == 3
     assert reader.page.locator("[data-metric='flawed/oracle'] path.line").count() == len(runs)
     assert reader.page.locator("[data-metric='flawed/oracle'] path.bold").count() == 2
     assert reader.page.locator(".phase .stack").count() == len(runs)
@@ -344,6 +414,79 @@ def test_a_phone_has_no_horizontal_scroll_and_text_can_be_read(chromium, report_
     opened.page.close()
 
 
+def test_the_gantt_shows_each_phase_where_it_was(reader, runs):
+    chart = reader.page.locator(".gantt svg")
+    assert reader.page.locator("#gantt [role=status]").inner_text() == f"steps {STEPS - 3} to {STEPS - 1}"
+    reader.page.locator("[data-steps='1']").click()
+    times = read_timeline(arms_of(runs)[0].runs[0].path)[-1]
+    drawn = dict(
+        chart.locator("rect").evaluate_all("all => all.map(b => [b.dataset.name, Number(b.getAttribute('x'))])")
+    )
+    began = {span.name: span.start for span in times.spans if span.name != "step"}
+    assert sorted(drawn, key=drawn.get) == sorted(began, key=began.get)
+    assert set(drawn) == {"publish", "generate", "judge", "judge_exposed", "update"}
+    reader.page.locator("#earlier").click()
+    assert reader.page.locator("#gantt [role=status]").inner_text() == f"step {STEPS - 2}"
+    chart.focus()
+    reader.page.keyboard.press("Home")
+    assert chart.get_attribute("aria-label").startswith("step 0 takes ")
+    assert reader.page.locator("#earlier").is_disabled()
+    reader.page.locator("#gantt-run").select_option(label="grpo seed 1")
+    assert chart.locator("rect[data-name=judge]").count() == 0, "plain GRPO asks no judge"
+
+
+def test_a_view_of_the_rollouts_stands_in_the_address(reader, runs):
+    reader.page.locator("#run").select_option(label="grpo seed 1")
+    reader.page.locator("[data-step='0']").click()
+    reader.page.locator("[data-filter=wrong]").click()
+    reader.page.locator("#search").fill("clock")
+    shown = reader.shown()
+    assert shown
+    reader.page.reload()
+    assert reader.shown() == shown
+    assert reader.page.locator("#run option:checked").inner_text() == "grpo seed 1"
+    assert reader.page.locator("#search").input_value() == "clock"
+
+
+def test_served_live_the_page_takes_new_steps(chromium, tmp_path):
+    run = tmp_path / "run"
+    with serve_report([run], 0) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}"
+            page = chromium.new_page()
+            page.goto(address)
+            assert "no such run folder" in page.locator("p").first.inner_text()
+            write_run(run, "fapo", 1, 4)
+            page.wait_for_selector("#follow")
+            charts = page.locator("[data-metric='flawed/oracle'] svg")
+            assert "complete" in page.locator("#runs").inner_text()
+            lines = (run / "metrics.jsonl").read_text()
+            (run / "metrics.jsonl").write_text(lines + lines.splitlines()[-1].replace('"step": 3', '"step": 4') + "\n")
+            page.wait_for_function("document.querySelector('[data-metric=\"flawed/oracle\"] .readout') !== null")
+            page.wait_for_function(
+                "() => JSON.parse(document.getElementById('curves-data').textContent)[0].arms[0].lines[0].length === 5"
+            )
+            page.locator("#follow").uncheck()
+            (run / "failure.json").write_text(json.dumps({"error": "Diverged", "message": "loss is nan", "at": "x"}))
+            page.locator("#now").click()
+            page.wait_for_selector("text=The run ended with Diverged: loss is nan")
+            assert not page.locator("#follow").is_checked(), "the reader's choice is kept"
+            assert charts.count() == 1
+            page.close()
+            foreign = Request(f"{address}/", headers={"Host": "evil.example:80"})
+            with pytest.raises(HTTPError, match="403"):
+                urlopen(foreign)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def test_every_control_has_a_name(reader):
     assert reader.page.evaluate(UNNAMED) == []
+    for link in reader.page.locator("nav a").evaluate_all("all => all.map(a => a.getAttribute('href'))"):
+        assert reader.page.locator(f"section{link} > h2").count() == 1, link
+    reader.page.locator("nav a", has_text="Time").click()
+    assert 0 <= reader.page.locator("#time").bounding_box()["y"] < 100
     assert reader.page.locator("h1").count() == 1

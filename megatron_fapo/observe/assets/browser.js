@@ -15,8 +15,33 @@
     ["differ", "≠ Judge and oracle differ", differ],
     ["wrong", "✗ Wrong", (r) => !r.right],
     ["clean", "✓ Clean", isClean],
+    ["failed", "Verdict failed", (r) => r.verdict === "failed"],
+    ["cut", "Cut off", (r) => r.finish === "length"],
   ];
   const state = { run: 0, step: 0, filter: "all", search: "" };
+  const HASH = "#rollouts?";
+
+  /* What is shown stands in the address, so that a view can be sent to somebody and survives loading again. */
+  function remember() {
+    const step = runs[state.run].steps[state.step].step;
+    const words = new URLSearchParams({ run: runs[state.run].label, step, filter: state.filter, search: state.search });
+    history.replaceState(null, "", HASH + words);
+  }
+
+  function recall() {
+    if (!location.hash.startsWith(HASH)) return false;
+    const words = new URLSearchParams(location.hash.slice(HASH.length));
+    const run = runs.findIndex((one) => one.label === words.get("run"));
+    if (run < 0) return false;
+    const step = runs[run].steps.findIndex((one) => String(one.step) === words.get("step"));
+    state.run = run;
+    state.step = step < 0 ? runs[run].steps.length - 1 : step;
+    state.filter = FILTERS.some(([name]) => name === words.get("filter")) ? words.get("filter") : "all";
+    state.search = words.get("search") ?? "";
+    view.run.value = state.run;
+    view.search.value = state.search;
+    return true;
+  }
 
   function make(tag, { className = "", text = "", ...attributes } = {}, ...children) {
     const made = document.createElement(tag);
@@ -118,7 +143,7 @@
     });
     view.steps.replaceChildren(...runs[state.run].steps.map((s, i) => {
       const button = make("button", { type: "button", text: String(s.step), "aria-pressed": i === state.step, "data-step": s.step });
-      button.addEventListener("click", () => { state.step = i; show(); view.steps.children[i].focus(); });
+      button.addEventListener("click", () => { state.step = i; remember(); show(); view.steps.children[i].focus(); });
       return button;
     }));
   }
@@ -149,9 +174,9 @@
     count: make("p", { className: "count", role: "status" }),
     list: make("div"),
   };
-  view.run.addEventListener("change", () => { state.run = Number(view.run.value); state.step = Math.min(state.step, runs[state.run].steps.length - 1); show(); });
-  view.search.addEventListener("input", () => { state.search = view.search.value; show(); });
-  view.filters.forEach((button, i) => button.addEventListener("click", () => { state.filter = FILTERS[i][0]; show(); }));
+  view.run.addEventListener("change", () => { state.run = Number(view.run.value); state.step = Math.min(state.step, runs[state.run].steps.length - 1); remember(); show(); });
+  view.search.addEventListener("input", () => { state.search = view.search.value; remember(); show(); });
+  view.filters.forEach((button, i) => button.addEventListener("click", () => { state.filter = FILTERS[i][0]; remember(); show(); }));
   document.addEventListener("keydown", keys);
   root.append(
     make("div", { className: "tools" }, make("label", { text: "Run" }, view.run),
@@ -160,5 +185,9 @@
       make("fieldset", {}, make("legend", { text: "Show (keys j and k walk through the rollouts)" }), make("div", { className: "row" }, ...view.filters))),
     view.count, view.list);
   state.step = runs[0].steps.length - 1;
+  const asked = recall();
   show();
+  const reloaded = performance.getEntriesByType("navigation")[0]?.type === "reload";
+  if (asked && !reloaded) document.getElementById("rollouts").scrollIntoView();
+  window.addEventListener("hashchange", () => { if (recall()) show(); });
 })();

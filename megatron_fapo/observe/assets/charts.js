@@ -46,11 +46,29 @@
     return [panel.share && low === 0 ? 0 : low - room, panel.share ? Math.min(1, high + room) : high + room];
   }
 
+  /* Areas that fill the whole: each lies on those before it. */
+  function drawStack(canvas, panel, scale) {
+    const at = panel.stack.map((layer) => new Map(layer.mean));
+    const steps = panel.stack[0].mean.map((point) => point[0]).filter((step) => at.every((layer) => layer.has(step)));
+    let below = steps.map(() => 0);
+    panel.stack.forEach((layer, i) => {
+      const above = steps.map((step, k) => below[k] + at[i].get(step));
+      const edge = (values, order) => order.map((k) => `${scale.x(steps[k]).toFixed(1)} ${scale.y(Math.min(values[k], 1)).toFixed(1)}`);
+      const forth = steps.map((_, k) => k), back = [...forth].reverse();
+      canvas.append(svg("path", { class: `area ${layer.colour}`, d: `M${[...edge(above, forth), ...edge(below, back)].join("L")}Z` }));
+      const last = steps.length - 1, middle = (above[last] + below[last]) / 2;
+      if (above[last] - below[last] > 0.13) {
+        canvas.append(svg("text", { class: "class", x: scale.x(steps[last]) - 6, y: scale.y(middle) + 4, "text-anchor": "end" }, layer.name));
+      }
+      below = above;
+    });
+  }
+
   function scales(panel, width, height) {
     const onAxis = (value) => (panel.log ? Math.log10(Math.max(value, 1e-12)) : value);
-    const lines = panel.arms.flatMap((arm) => arm.lines);
+    const lines = panel.stack ? panel.stack.map((layer) => layer.mean) : panel.arms.flatMap((arm) => arm.lines);
     const steps = lines.flatMap((line) => line.map((point) => point[0]));
-    const [low, high] = domain(panel, lines.flatMap((line) => line.map((point) => onAxis(point[1]))));
+    const [low, high] = panel.stack ? [0, 1] : domain(panel, lines.flatMap((line) => line.map((point) => onAxis(point[1]))));
     const first = Math.min(...steps), last = Math.max(...steps);
     const inner = { width: width - MARGIN.left - MARGIN.right, height: height - MARGIN.top - MARGIN.bottom };
     return {
@@ -63,10 +81,12 @@
   }
 
   function drawAxes(canvas, panel, scale, width, height) {
-    for (const value of ticks(scale.low, scale.high, panel.log)) {
+    const values = ticks(scale.low, scale.high, panel.log);
+    const digits = panel.share && values.length > 1 && values[1] - values[0] < 0.0099 ? 1 : 0;
+    for (const value of values) {
       const y = scale.axisY(value);
       canvas.append(svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y }));
-      const words = format(panel, panel.log ? 10 ** value : value, 0);
+      const words = format(panel, panel.log ? 10 ** value : value, digits);
       canvas.append(svg("text", { x: MARGIN.left - 7, y: y + 4, "text-anchor": "end" }, words));
     }
     const whole = ticks(scale.first, Math.max(scale.last, scale.first + 1), false).filter(Number.isInteger);
@@ -102,7 +122,8 @@
   function addReading(canvas, readout, panel, scale, height) {
     const cross = svg("line", { class: "cross", y1: MARGIN.top, y2: height - MARGIN.bottom, visibility: "hidden" });
     canvas.append(cross);
-    const steps = [...new Set(panel.arms.flatMap((arm) => arm.mean.map((point) => point[0])))].sort((a, b) => a - b);
+    const shown = panel.stack ?? panel.arms;
+    const steps = [...new Set(shown.flatMap((arm) => arm.mean.map((point) => point[0])))].sort((a, b) => a - b);
     let at = steps.length - 1;
     const show = (index) => {
       at = Math.max(0, Math.min(steps.length - 1, index));
@@ -110,7 +131,7 @@
       cross.setAttribute("x2", scale.x(steps[at]));
       cross.setAttribute("visibility", "visible");
       readout.replaceChildren(`step ${steps[at]}: `);
-      panel.arms.forEach((arm, i) => {
+      shown.forEach((arm, i) => {
         const name = html("b", arm.colour, arm.name);
         readout.append(i ? " · " : "", name, " " + format(panel, nearest(arm.mean, steps[at])[1]));
       });
@@ -130,7 +151,7 @@
   }
 
   function spoken(panel) {
-    const ends = panel.arms.map((arm) => `${arm.name} from ${format(panel, arm.mean[0][1])} to ${format(panel, arm.mean[arm.mean.length - 1][1])}`);
+    const ends = (panel.stack ?? panel.arms).map((arm) => `${arm.name} from ${format(panel, arm.mean[0][1])} to ${format(panel, arm.mean[arm.mean.length - 1][1])}`);
     return `${panel.title}: ${ends.join("; ")}. Arrow keys read single steps.`;
   }
 
@@ -141,7 +162,7 @@
     const canvas = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", tabindex: 0, "aria-label": spoken(panel) });
     const scale = scales(panel, width, height);
     drawAxes(canvas, panel, scale, width, height);
-    drawLines(canvas, panel, scale);
+    (panel.stack ? drawStack : drawLines)(canvas, panel, scale);
     addReading(canvas, readout, panel, scale, height);
     figure.insertBefore(canvas, readout);
   }
@@ -158,8 +179,20 @@
   }
 
   const charts = data.map((panel, i) => chart(panel, i === 0));
-  charts.forEach(({ figure }, i) => document.getElementById(i ? "charts" : "first-chart").append(figure));
-  const drawAll = () => charts.forEach(({ panel, figure, tall }) => draw(panel, figure, tall));
+  const topics = new Map();
+  charts.forEach(({ panel, figure }, i) => {
+    if (i === 0) { document.getElementById("first-chart").append(figure); return; }
+    if (!topics.has(panel.topic)) {
+      const fold = html("details", "topic"), grid = html("div", "charts");
+      fold.append(html("summary", "", panel.topic), grid);
+      fold.open = window.innerWidth > 760 || topics.size === 0;
+      fold.addEventListener("toggle", () => { if (fold.open) drawAll(); });
+      topics.set(panel.topic, grid);
+      document.getElementById("charts").append(fold);
+    }
+    topics.get(panel.topic).append(figure);
+  });
+  const drawAll = () => charts.forEach(({ panel, figure, tall }) => { if (figure.clientWidth) draw(panel, figure, tall); });
   drawAll();
   let width = window.innerWidth;
   window.addEventListener("resize", () => {

@@ -1,7 +1,8 @@
 """One self-contained HTML page that compares runs.
 
-The page asks for nothing outside itself, and its Content-Security-Policy would refuse it. Text of models enters in
-two ways only: escaped (`page.text`), or inside JSON (`page.data_script`) that browser.js shows as text nodes.
+The page asks for nothing outside itself, and its Content-Security-Policy would refuse it; served live (`live`), it
+asks the server that it came from whether there is more. Text of models enters in two ways only: escaped
+(`page.text`), or inside JSON (`page.data_script`) that browser.js shows as text nodes.
 """
 
 import base64
@@ -12,14 +13,25 @@ from string import Template
 
 from megatron_fapo.errors import DataError
 from megatron_fapo.observe.interface import files_of
-from megatron_fapo.observe.report.arms import arms_of
+from megatron_fapo.observe.report.arms import arms_of, labels
 from megatron_fapo.observe.report.browser import browser
-from megatron_fapo.observe.report.curves import WINDOW, curves
-from megatron_fapo.observe.report.overview import headline, measured_by, phases, run_details, table, tiles
-from megatron_fapo.observe.report.page import data_script, text
+from megatron_fapo.observe.report.curves import WINDOW, constants, curves
+from megatron_fapo.observe.report.findings import failures_table, findings_list
+from megatron_fapo.observe.report.gantt import gantt
+from megatron_fapo.observe.report.overview import (
+    differences,
+    headline,
+    measured_by,
+    phases,
+    run_details,
+    table,
+    tiles,
+)
+from megatron_fapo.observe.report.page import data_script, element, text
 from megatron_fapo.observe.runs import LAST, RunRecord
 
 ASSETS = Path(__file__).parents[1] / "assets"
+SCRIPTS = ("charts.js", "gantt.js", "browser.js")
 
 
 def write_report(runs: Sequence[RunRecord], out: Path) -> None:
@@ -30,19 +42,29 @@ def write_report(runs: Sequence[RunRecord], out: Path) -> None:
         out.write_text(page, encoding="utf-8")
 
 
-def render(runs: Sequence[RunRecord]) -> str:
-    """The page."""
+def render(runs: Sequence[RunRecord], live: str = "") -> str:
+    """The page. Served live, `live` is the state of the runs' files that it shows (`live.version`)."""
     if not any(run.steps for run in runs):
         raise DataError("nothing to report: no training step is finished in any of the runs")
     arms = arms_of(runs)
     in_order = [run for arm in arms for run in arm.runs]
-    script = "".join((ASSETS / name).read_text(encoding="utf-8") for name in ("charts.js", "browser.js"))
+    labelled = list(zip(labels(in_order), in_order, strict=True))
+    names = (*SCRIPTS, "live.js") if live else SCRIPTS
+    script = "".join((ASSETS / name).read_text(encoding="utf-8") for name in names)
+    still = constants(arms)
     _, words = measured_by(arms)
     finding = headline(arms)
     basis = f"Share of right answers that are flawed by {words}; means" if words else "Means"
     return Template((ASSETS / "page.html").read_text(encoding="utf-8")).substitute(
         title=text(finding),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        connect="connect-src 'self'; " if live else "",
+        live=element("p", id="live", role="status", data_version=live, class_="soft") if live else "",
+        findings=findings_list(labelled),
+        failures=failures_table(labelled),
+        constants=element("p", text(f"Never moved: {still}."), class_="soft") if still else "",
+        gantt_data=data_script("gantt-data", gantt(in_order)),
+        differences=differences(in_order),
         style=(ASSETS / "style.css").read_text(encoding="utf-8"),
         headline=text(finding),
         basis=text(f"{basis} over the last {LAST} steps."),

@@ -7,8 +7,10 @@ import yaml
 
 from megatron_fapo.observe.console import duration
 from megatron_fapo.observe.report.arms import Arm, labels
+from megatron_fapo.observe.report.findings import state
 from megatron_fapo.observe.report.page import element, number, percent, text
 from megatron_fapo.observe.runs import LAST, RunRecord
+from megatron_fapo.settings import flatten
 
 SEGMENTS = (
     ("time/publish", "publish"),
@@ -33,7 +35,12 @@ COLUMNS = (
     ("flawed/unjudged_share", "right, unjudged", percent),
     ("group/three_class_share_oracle", "three-class groups", percent),
     ("judge/f1", "judge F1", number),
+    ("audit/j", "judge's J", number),
+    ("rollout/length_mean", "tokens a response", lambda value: number(value, ".0f")),
     ("mismatch/max", "mismatch", number),
+    ("rollout/lag_max", "stale by", lambda value: number(value, ".0f")),
+    ("time/step_rate", "tokens/s", lambda value: number(value, ",.0f")),
+    ("time/mfu", "MFU", percent),
     ("time/step", "s a step", seconds_text),
 )
 """(metric, heading, format) of the table of runs."""
@@ -80,6 +87,10 @@ def tiles(arms: Sequence[Arm]) -> str:
             ]
         right = arm.mean("rollout/right_share")
         parts.append(element("p", element("b", text(percent(right))), " right answers", class_="right"))
+        if (j := arm.mean("audit/j")) is not None:
+            low, high = arm.mean("audit/j_low"), arm.mean("audit/j_high")
+            known = f" the judge's J ({number(low, '.2f')} to {number(high, '.2f')})"
+            parts.append(element("p", element("b", text(number(j, ".2f"))), text(known), class_="right"))
         shown.append(element("article", *parts, class_=f"tile {arm.colour}"))
     return element("div", *shown, class_="tiles")
 
@@ -97,16 +108,17 @@ def _bars(values: Sequence[float], largest: float) -> str:
 
 def table(arms: Sequence[Arm]) -> str:
     """Each run's averages over its last ten steps, and each arm's mean."""
-    head = ["arm", "seed", "steps", *(heading for _, heading, _ in COLUMNS), "whole run"]
+    columns = [column for column in COLUMNS if any(any(arm.values(column[0])) for arm in arms)]
+    head = ["arm", "seed", "state", *(heading for _, heading, _ in columns), "whole run"]
     rows = [element("tr", *(element("th", text(name), scope="col") for name in head))]
     for arm in arms:
         for run in arm.runs:
-            cells = [text(run.info.seed), text(len(run.steps))]
-            cells += [text(form(run.last(metric))) for metric, _, form in COLUMNS]
+            cells = [text(run.info.seed), text(state(run))]
+            cells += [text(form(run.last(metric))) for metric, _, form in columns]
             cells.append(text(duration(run.seconds)))
             rows.append(_row(arm, arm.title, cells, ""))
         if len(arm.runs) > 1:
-            cells = ["mean", "", *(text(form(arm.mean(metric))) for metric, _, form in COLUMNS)]
+            cells = ["mean", "", *(text(form(arm.mean(metric))) for metric, _, form in columns)]
             cells.append(text(duration(fsum(run.seconds for run in arm.runs) / len(arm.runs))))
             rows.append(_row(arm, arm.title, cells, "mean"))
     caption = element("caption", f"Means over the last {LAST} steps of each run; “whole run” is the sum of its steps.")
@@ -148,6 +160,27 @@ def _seconds(run: RunRecord) -> dict[str, float]:
     sums = {name: fsum(metrics.get(metric, 0.0) for _, metrics in run.steps) / steps for metric, name in SEGMENTS}
     sums["generate"] = max(0.0, sums["generate"] - sums["judge, not hidden"])
     return {name: seconds for name, seconds in sums.items() if seconds > 0}
+
+
+def differences(runs: Sequence[RunRecord]) -> str:
+    """The settings that are not the same in all runs, a column for each; seeds and names of arms left out."""
+    configs = [flatten(run.config) for run in runs]
+    keys = sorted({key for config in configs for key in config} - {"train.seed", "train.arm"})
+    differing = [key for key in keys if len({repr(config.get(key, "absent")) for config in configs}) > 1]
+    if not differing:
+        return ""
+    head = element("tr", *(element("th", text(name), scope="col") for name in ("setting", *labels(runs))))
+    rows = [
+        element(
+            "tr",
+            element("th", text(key), scope="row"),
+            *(element("td", text(config.get(key, "absent"))) for config in configs),
+        )
+        for key in differing
+    ]
+    table = element("table", element("thead", head), element("tbody", *rows))
+    shown = element("div", table, class_="wide", role="region", tabindex=0, aria_label="Settings that differ")
+    return element("h3", "What differs between the runs") + shown
 
 
 def run_details(runs: Sequence[RunRecord]) -> str:
