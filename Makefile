@@ -13,7 +13,7 @@ SGLANG := .venvs/sglang
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart results test test-all sglang-cpu test-gpu test-mcore-next check lint format types layers docs warm-start clean
+.PHONY: help install quickstart results site test test-all sglang-cpu test-gpu test-mcore-next check lint format types layers docs warm-start clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  %-16s %s\n", $$1, $$2}'
@@ -78,6 +78,13 @@ types: install ## mypy, strict, the whole package
 
 layers: install ## import-linter: imports go downwards only
 	$(BIN)/lint-imports
+
+site: $(VENV)/.site ## the documentation as a site, build/site/index.html
+	$(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.site: pyproject.toml | $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[site]'
+	@touch $@
 
 docs: install ## write the generated pages (docs/config.md, docs/metrics.md)
 	$(BIN)/python tools/write_docs.py

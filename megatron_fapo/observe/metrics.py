@@ -75,7 +75,7 @@ def evaluation_metrics(evaluation: Evaluation) -> Metrics:
     }
     by_k = {
         "eval/pass_at": evaluation.pass_at,
-        "eval/maj_at": evaluation.maj_at,
+        "eval/maj_at": {k: share for k, share in evaluation.maj_at.items() if k > 2},  # two votes have no majority
         "eval/verified_pass_at_judge": evaluation.verified_pass_at_judge,
         "eval/verified_pass_at_oracle": evaluation.verified_pass_at_oracle,
     }
