@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megatron_fapo.config import read_config, shape_file
 from megatron_fapo.errors import ConfigError, DataError
+from megatron_fapo.fp8 import Fp8, Scales
 from megatron_fapo.policy.settings import ParallelSettings
 from megatron_fapo.settings import build
 
@@ -33,13 +34,20 @@ def command(
         Path | None, typer.Option(help="Hugging Face folder whose config and tokenizer go with a run's checkpoint.")
     ] = None,
     shard_gigabytes: Annotated[float, typer.Option(help="Largest file of a Hugging Face folder.", min=0.001)] = 5.0,
+    quantize: Annotated[
+        Literal["fp8", "fp8-tensor"] | None,
+        typer.Option(help="Write FP8 for SGLang: scales of 128 x 128 blocks, or one a matrix."),
+    ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare logits with transformers; needs memory for the whole model.")
+        bool,
+        typer.Option("--verify", help="Compare logits, and FP8 values with theirs; needs memory for the whole model."),
     ] = False,
     check_shapes: Annotated[
         bool, typer.Option("--check-shapes", help="Build every rank without memory; compare with the checkpoint.")
     ] = False,
-    tensor: Annotated[int, typer.Option(help="--check-shapes: tensor-parallel ranks.")] = 1,
+    tensor: Annotated[
+        int, typer.Option(help="--check-shapes: tensor-parallel ranks; --quantize: ranks of a server.", min=1)
+    ] = 1,
     pipeline: Annotated[int, typer.Option(help="--check-shapes: pipeline stages.")] = 1,
     virtual_pipeline: Annotated[int, typer.Option(help="--check-shapes: groups of layers on each stage.")] = 1,
     expert: Annotated[int, typer.Option(help="--check-shapes: ranks that share the experts of a layer.")] = 1,
@@ -65,7 +73,10 @@ def command(
     elif to is None:
         raise ConfigError("--to FOLDER says where the result goes; --check-shapes needs none")
     else:
-        _convert(source, to, like, int(shard_gigabytes * 10**9), verify)
+        scales: Scales | None = {None: None, "fp8": "blockwise", "fp8-tensor": "tensor"}[quantize]
+        _convert(source, to, like, int(shard_gigabytes * 10**9), scales, tensor)
+        if verify:
+            _verify(source, to, like, quantized=scales is not None)
 
 
 def _of_run(path: Path, axes: dict[str, int | bool]) -> tuple[Path, ParallelSettings]:
@@ -81,14 +92,20 @@ def _of_run(path: Path, axes: dict[str, int | bool]) -> tuple[Path, ParallelSett
     return shape, config.policy.parallel
 
 
-def _convert(source: Path, to: Path, like: Path | None, shard_bytes: int, verify: bool) -> None:
+def _convert(
+    source: Path, to: Path, like: Path | None, shard_bytes: int, scales: Scales | None, served_by: int
+) -> None:
     from megatron_fapo.observe.model_card import run_of, write_card
     from megatron_fapo.policy import convert
     from megatron_fapo.policy.megatron_folder import is_checkpoint
 
     if to.resolve() == source.resolve():
         raise ConfigError(f"--to {to} is the folder that is read")
-    checkpoint = is_checkpoint(source)
+    if to.exists() and not _is_model(to):
+        raise ConfigError(
+            f"--to {to} is there and is no model, which alone is replaced: name a folder that is not there"
+        )
+    fp8 = None
     with Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     ) as bar:
@@ -97,18 +114,46 @@ def _convert(source: Path, to: Path, like: Path | None, shard_bytes: int, verify
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        if checkpoint:
-            convert.to_hugging_face(source, to, like, shard_bytes, show)
+        if is_checkpoint(source) or scales is not None:
+            fp8 = convert.to_hugging_face(source, to, like, shard_bytes, show, scales, served_by)
             if (run := run_of(source)) is not None:
                 write_card(run[0], to, step=run[1])
         else:
             convert.to_megatron(source, to, show)
-    if verify:
-        folder, megatron = (to, source) if checkpoint else (source, to)
-        gap, largest = convert.difference(folder, megatron)
-        typer.echo(f"logits differ by {gap:.1e} at most, the largest is {largest:.1f}")
-        if not gap <= TOLERANCE * max(largest, 1.0):
-            raise DataError(f"{to}: its logits are not those of {source}")
+    if fp8 is not None:
+        typer.echo(_stays(fp8))
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is empty, or holds what a conversion writes."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    return not names or "config.json" in names or ".metadata" in names
+
+
+def _stays(fp8: Fp8) -> str:
+    """What is FP8, and what is not by the names that modules have in every layer."""
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in fp8.kept}))
+    return f"{len(fp8.matrices)} matrices are FP8 ({fp8.scales}); embedding, norms and {kinds} stay BF16"
+
+
+def _verify(source: Path, to: Path, like: Path | None, quantized: bool) -> None:
+    from megatron_fapo.policy import convert
+    from megatron_fapo.policy.megatron_folder import is_checkpoint
+
+    if quantized:
+        found = convert.fp8_error(source, to, like)
+        typer.echo(
+            f"weights differ by {found.root_mean_square:.2%} (root mean square), at most by {found.worst:.2f} of what "
+            f"e4m3's rounding allows; logits by {found.logits:.1e} at most, the largest is {found.largest_logit:.1f}"
+        )
+        if not found.worst <= 1.0:
+            raise DataError(f"{to}: its weights are not those of {source} in FP8")
+        return
+    folder, megatron = (to, source) if is_checkpoint(source) else (source, to)
+    gap, largest = convert.difference(folder, megatron)
+    typer.echo(f"logits differ by {gap:.1e} at most, the largest is {largest:.1f}")
+    if not gap <= TOLERANCE * max(largest, 1.0):
+        raise DataError(f"{to}: its logits are not those of {source}")
 
 
 def _check_shapes(config: Path, parallel: ParallelSettings, as_json: bool) -> None:

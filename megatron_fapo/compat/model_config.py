@@ -69,7 +69,6 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "decoder_sparse_step": (1,),
     "mlp_only_layers": ([], None),
     "shared_expert_intermediate_size": (0, None),
-    "quantization_config": (None,),
     "auto_map": (None,),
 }
 """Keys with the only values that have a counterpart here."""
@@ -79,6 +78,7 @@ HARMLESS: Mapping[str, str] = {
     "architectures": "a name; model_type decides",
     "model_type": "decides the family",
     "dtype": "of the file; the run says what it computes in",
+    "quantization_config": "of the file; FP8 is read as the floats that it stands for, all else is refused",
     "transformers_version": "a name",
     "initializer_range": "of weights that are loaded, not drawn",
     "attention_dropout": "training of rollouts drops nothing, whatever was used before",
@@ -120,6 +120,8 @@ def check(hf_config: Any) -> None:
     names = {stored: name for name, stored in hf_config.attribute_map.items()}
     for stored, value in hf_config.to_dict().items():
         key = names.get(stored, stored)
+        if key == "quantization_config" and (value or {}).get("quant_method", "fp8") != "fp8":
+            raise ConfigError(f"quantization_config of {kind} is {value['quant_method']!r}; of those, only fp8 is read")
         if key in ONLY and value not in ONLY[key]:
             raise ConfigError(f"{key}={value!r} of {kind} has no counterpart here")
         if key == "layer_types" and set(value or ()) - {"full_attention"}:

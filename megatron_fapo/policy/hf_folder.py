@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_fapo.errors import DataError
+from megatron_fapo.fp8 import BLOCK
+from megatron_fapo.policy.quantize import dequantize
 
 INDEX = "model.safetensors.index.json"
 
@@ -25,11 +27,18 @@ COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""safetensors' names of the dtypes that weights come in; FP8 weights have scales beside them, which are not read."""
+"""safetensors' names of the dtypes that weights come in."""
+
+FP8 = "F8_E4M3"
+SCALES = ("_scale_inv", "_scale")
+"""What follows a matrix's name in the name of its FP8 scales: of blocks, of the whole."""
 
 
 class Weights:
-    """The tensors of a folder by name; nothing is read before it is asked for."""
+    """The tensors of a folder by name; nothing is read before it is asked for.
+
+    A matrix in FP8 and its scales are one tensor here: the float32 values that they stand for.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises DataError for a folder without safetensors, or whose index names a file that is not there."""
@@ -47,25 +56,52 @@ class Weights:
             raise DataError(f"{index}: damaged: {error!r}") from error
         if not self._files:
             raise DataError(f"{folder}: no *.safetensors here; older formats are not read")
+        self._scales = {
+            name: name + ending for name in self._files for ending in SCALES if name + ending in self._files
+        }
 
     @property
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
-        return frozenset(self._files)
+        return frozenset(self._files) - frozenset(self._scales.values())
+
+    def in_order(self) -> list[str]:
+        """Names of all tensors, those of one file one after the other."""
+        return sorted(self.names, key=lambda name: (self._files[name], name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape, from the file's header."""
         return tuple(self._handle(name).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Its dtype, from the file's header. Raises DataError for one that no weight here has."""
+        """Its dtype, from the file's header; BF16 for one in FP8. Raises DataError for one that no weight here has."""
         stored = self._handle(name).get_slice(name).get_dtype()
+        if stored == FP8 and name in self._scales:
+            return torch.bfloat16
         if stored not in DTYPES:
-            raise DataError(f"{self.folder}: {name} is stored as {stored}; supported: {', '.join(DTYPES)}")
+            raise DataError(
+                f"{self.folder}: {name} is stored as {stored}; supported: {', '.join(DTYPES)}, and {FP8} with scales"
+            )
         return DTYPES[stored]
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor. Raises DataError naming the file when it is missing or damaged."""
+        values, scale = self._read(name), self.scale(name)
+        if scale is None:
+            return values
+        blocks = tuple(-(-side // BLOCK) for side in values.shape)
+        if scale.numel() != 1 and tuple(scale.shape) != blocks:
+            raise DataError(
+                f"{self.folder}: {self._scales[name]} has shape {list(scale.shape)}; supported: one scale, or one for "
+                f"each block of {BLOCK} x {BLOCK}"
+            )
+        return dequantize(values, scale)
+
+    def scale(self, name: str) -> torch.Tensor | None:
+        """The scales of a matrix in FP8; None for any other tensor."""
+        return self._read(self._scales[name]) if name in self._scales else None
+
+    def _read(self, name: str) -> torch.Tensor:
         try:
             tensor: torch.Tensor = self._handle(name).get_tensor(name)
         except SafetensorError as error:
@@ -126,7 +162,7 @@ class Writer:
     def close(self, companions: Path | None = None, **config_changes: Any) -> None:
         """Write what is held, name the files, carry the other files of `companions` along, put the folder in place.
 
-        `config_changes` replace keys of the carried config.json.
+        `config_changes` replace keys of the carried config.json: `quantization_config` belongs to FP8 weights.
         """
         self._write()
         count = len(self._shards)
@@ -167,11 +203,17 @@ def put_in_place(partial: Path, folder: Path) -> None:
 
 
 def carry_along(source: Path, target: Path, **config_changes: Any) -> None:
-    """Copy config, tokenizer, chat template and generation settings."""
+    """Copy config, tokenizer, chat template and generation settings.
+
+    What the config says of the source's own quantisation does not go along; it is of weights that stay behind.
+    """
     for pattern in COPIED:
         for file in source.glob(pattern):
             if file.is_file() and file.name not in OF_WEIGHTS:
                 shutil.copy(file, target / file.name)
-    if config_changes:
-        config = json.loads((target / "config.json").read_text())
-        (target / "config.json").write_text(json.dumps(config | config_changes, indent=2) + "\n")
+    path = target / "config.json"
+    if config_changes or path.is_file():
+        config = json.loads(path.read_text())
+        changed = {key: value for key, value in config.items() if key != "quantization_config"} | config_changes
+        if changed != config:
+            path.write_text(json.dumps(changed, indent=2) + "\n")

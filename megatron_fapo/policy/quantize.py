@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import pad
 
 from megatron_fapo.errors import DataError
-from megatron_fapo.fp8 import BLOCK, LARGEST, Fp8
+from megatron_fapo.fp8 import BLOCK, LARGEST, RELATIVE_ERROR, SMALLEST_STEP, Fp8
 
 _AT_A_TIME = 2**22
 """Values that are held in float32 meanwhile, or one row of blocks if that is more."""
@@ -56,8 +56,20 @@ def per_tensor(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The float32 matrix that FP8 values stand for; scales [1], or one for each block."""
-    if scale.dim() == 2:
-        scale = scale.repeat_interleave(BLOCK, 0)[: values.shape[0]]
-        scale = scale.repeat_interleave(BLOCK, 1)[:, : values.shape[1]]
-    return values.float() * scale
+    """The float32 matrix that FP8 values stand for; one scale, or one for each block."""
+    return values.float() * _spread(scale, values.shape)
+
+
+def allowed(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """How far each value of a float32 matrix may be from what its FP8 form stands for."""
+    # the quotient by the scale and the product with it are rounded too, each to 24 bits
+    rounded = torch.maximum(matrix.abs() * RELATIVE_ERROR, _spread(scale, matrix.shape) * (SMALLEST_STEP / 2))
+    return rounded * (1 + 2.0**-18)
+
+
+def _spread(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The scale of each value of a matrix, or the one scale."""
+    if scale.numel() == 1:
+        return scale.view(1)
+    scale = scale.repeat_interleave(BLOCK, 0)[: shape[0]]
+    return scale.repeat_interleave(BLOCK, 1)[:, : shape[1]]

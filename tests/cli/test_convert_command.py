@@ -26,6 +26,15 @@ def test_there_and_back_with_logits_compared(tmp_path: Path) -> None:
         assert (tmp_path / "model" / name).read_bytes() == (POLICY / name).read_bytes()
 
 
+def test_fp8_for_sglang(tmp_path: Path) -> None:
+    said = run(FAPO, "convert", POLICY, "--to", tmp_path / "fp8", "--quantize", "fp8", "--verify")
+    assert "8 matrices are FP8 (blockwise); embedding, norms and k_proj, lm_head, q_proj, v_proj stay BF16" in said
+    assert "% (root mean square), at most by 0.9" in said
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    assert (tmp_path / "fp8" / "tokenizer.json").read_bytes() == (POLICY / "tokenizer.json").read_bytes()
+
+
 def test_check_shapes_as_table_and_as_json(tmp_path: Path) -> None:
     config = "configs/models/qwen3-4b.json"
     table = run(FAPO, "convert", config, "--check-shapes", "--pipeline", "2")
@@ -43,4 +52,9 @@ def test_check_shapes_as_table_and_as_json(tmp_path: Path) -> None:
 def test_a_wrong_call_says_what_to_do(tmp_path: Path) -> None:
     assert "--to FOLDER says where the result goes" in run(FAPO, "convert", POLICY, status=1)
     assert "is the folder that is read" in run(FAPO, "convert", POLICY, "--to", POLICY, status=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    said = run(FAPO, "convert", POLICY, "--to", tmp_path / "mine", status=1)
+    assert "is there and is no model" in " ".join(said.split())
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
     assert "no *.safetensors here" in run(FAPO, "convert", tmp_path, "--to", tmp_path / "x", status=1)

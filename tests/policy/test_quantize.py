@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron_fapo.errors import DataError
 from megatron_fapo.fp8 import BLOCK, LARGEST, RELATIVE_ERROR, SMALLEST_STEP, Fp8, plan
 from megatron_fapo.policy import quantize as module
-from megatron_fapo.policy.quantize import blockwise, dequantize, per_tensor, quantize
+from megatron_fapo.policy.quantize import allowed, blockwise, dequantize, per_tensor, quantize
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -25,11 +25,6 @@ def drawn(seed: int, rows: int, columns: int, dtype: torch.dtype) -> torch.Tenso
     return matrix.masked_fill(torch.rand(rows, columns, generator=noise) < 0.1, 0.0).to(dtype)
 
 
-def reach(scale: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """The scale of each value."""
-    return dequantize(torch.ones_like(matrix).to(torch.float8_e4m3fn), scale)
-
-
 @given(
     st.integers(0, 2**31), st.integers(1, 200), st.integers(1, 200), DTYPES, st.sampled_from([blockwise, per_tensor])
 )
@@ -37,8 +32,11 @@ def test_every_value_comes_back_within_the_rounding_of_e4m3(seed, rows, columns,
     matrix = drawn(seed, rows, columns, dtype)
     values, scale = form(matrix)
     error = (dequantize(values, scale) - matrix.float()).abs()
-    bound = torch.maximum(matrix.float().abs() * RELATIVE_ERROR, reach(scale, matrix) * SMALLEST_STEP / 2)
+    steps = dequantize(torch.full_like(matrix, SMALLEST_STEP).to(values.dtype), scale)
+    bound = torch.maximum(matrix.float().abs() * RELATIVE_ERROR, steps / 2)
     assert bool((error <= bound * (1 + 1e-6)).all())
+    assert bool((error <= allowed(matrix.float(), scale)).all())
+    assert allowed(matrix.float(), scale).expand_as(error).sub(bound).abs().max() <= 1e-5 * bound.max()
 
 
 @given(st.integers(0, 2**31), st.integers(1, 300), st.integers(1, 300), DTYPES)
@@ -69,6 +67,22 @@ def test_zeros_stay_zeros_and_the_smallest_numbers_do_not_become_nan():
             values, scale = form(matrix)
             assert bool(scale.isfinite().all())
             assert dequantize(values, scale).abs().max() <= 1e-40
+
+
+@pytest.mark.long
+def test_modelopt_gives_the_same_bits():
+    qtensor = pytest.importorskip(
+        "modelopt.torch.quantization.qtensor", reason="nvidia-modelopt is not installed; nothing else needs it"
+    )
+    matrix = drawn(3, 300, 290, torch.float32)
+    blocks, scales = qtensor.FP8QTensor.quantize(matrix, block_sizes={-1: BLOCK, -2: BLOCK})
+    whole, scale = qtensor.FP8QTensor.quantize(matrix)
+    for (values, ours), (theirs, reach) in (
+        (blockwise(matrix), (blocks._quantized_data, scales)),
+        (per_tensor(matrix), (whole._quantized_data, scale.view(1))),
+    ):
+        assert torch.equal(values.view(torch.uint8), theirs.contiguous().view(torch.uint8))
+        assert torch.equal(ours, reach)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
