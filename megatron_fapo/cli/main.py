@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from megatron_fapo.cli import bench_judge, build_critic_data, convert, doctor, eval, report, serve, submit, train
+from megatron_fapo.cli import (
+    bench_judge,
+    build_critic_data,
+    convert,
+    doctor,
+    eval,
+    prepare_data,
+    report,
+    serve,
+    submit,
+    train,
+)
 from megatron_fapo.errors import FapoError
 
 app = typer.Typer(
@@ -18,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     help="Reinforcement learning that makes reasoning models right for the right reasons: FAPO on Megatron-core.",
 )
-for command in (train, eval, serve, convert, report, bench_judge, build_critic_data, submit, doctor):
+for command in (train, eval, serve, convert, report, bench_judge, build_critic_data, prepare_data, submit, doctor):
     app.command(name=command.__name__.rpartition(".")[2].replace("_", "-"), epilog=command.EXAMPLE)(command.command)
 
 

@@ -18,10 +18,18 @@ Row = Mapping[str, Any]
 Parsed = TypeVar("Parsed")
 
 
-def read(source: str, config: str = "all", split: str = "train") -> Iterator[tuple[str, Row]]:
+Bad = Callable[[str, str], None]
+"""Told the place of what is not a row, and why."""
+
+
+def _refuse(place: str, why: str) -> None:
+    raise DataError(f"{place}: {why}")
+
+
+def read(source: str, config: str = "all", split: str = "train", bad: Bad = _refuse) -> Iterator[tuple[str, Row]]:
     """(place, row) of a .jsonl, .json or .parquet file, or of a data set on the hub (or in a folder).
 
-    A .json file holds a list of rows, or a row a line.
+    A .json file holds a list of rows, or a row a line. What is not a row goes to `bad`, which by default refuses it.
 
     Raises DataError when there is nothing to read or a line is not a row.
     """
@@ -31,7 +39,8 @@ def read(source: str, config: str = "all", split: str = "train") -> Iterator[tup
             raise DataError(f"{path}: no such file")
         if path.suffix == ".parquet":
             return _parquet(path)
-        return _json_list(path) if path.suffix == ".json" and _is_list(path) else _json_lines(path)
+        read_json = _json_list if path.suffix == ".json" and _is_list(path) else _json_lines
+        return read_json(path, bad)
     return _data_set(source, config, split)
 
 
@@ -40,18 +49,19 @@ def _is_list(path: Path) -> bool:
         return file.read(1000).lstrip().startswith("[")
 
 
-def _json_list(path: Path) -> Iterator[tuple[str, Row]]:
+def _json_list(path: Path, bad: Bad) -> Iterator[tuple[str, Row]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON: {error}") from None
     for number, row in enumerate(found, start=1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: must be a JSON object, found {type(row).__name__}")
-        yield f"{path}, row {number}", row
+        if isinstance(row, dict):
+            yield f"{path}, row {number}", row
+        else:
+            bad(f"{path}, row {number}", f"must be a JSON object, found {type(row).__name__}")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+def _json_lines(path: Path, bad: Bad) -> Iterator[tuple[str, Row]]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -60,10 +70,12 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{place}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{place}: must be a JSON object, found {type(row).__name__}")
-            yield place, row
+                bad(place, f"not JSON: {error}")
+                continue
+            if isinstance(row, dict):
+                yield place, row
+            else:
+                bad(place, f"must be a JSON object, found {type(row).__name__}")
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
