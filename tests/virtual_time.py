@@ -1,50 +1,18 @@
-"""An event loop whose time jumps to the next timer, and servers that live in it.
+"""Servers that live in virtual time (`plan.virtual_time`).
 
-The servers are models: they take virtual seconds to answer and can fail on purpose. Sampler and judge are the real
-ones.
+They are models: they take virtual seconds to answer and can fail on purpose. Sampler and judge are the real ones.
 """
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
+from megatron_fapo.plan.virtual_time import LoopClock, run_virtual
 from megatron_fapo.records import Generation, GenerationRequest, Message, VersionSpan, floats, ints
 
-T = TypeVar("T")
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """Runs callbacks as ever, but never sleeps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._virtual = 0.0
-
-    def time(self) -> float:
-        return self._virtual
-
-    def _run_once(self) -> None:
-        if not self._ready and self._scheduled:
-            self._virtual = max(self._virtual, self._scheduled[0]._when)
-        super()._run_once()
-
-
-class LoopClock:
-    """The running loop's time, as sampler and judge see it."""
-
-    def now(self) -> float:
-        return asyncio.get_running_loop().time()
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-
-def run_virtual(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end in virtual time."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(work)
+__all__ = ["LoopClock", "ModelledServer", "Words", "run_virtual"]
 
 
 class Words:

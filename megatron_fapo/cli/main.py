@@ -13,6 +13,7 @@ from megatron_fapo.cli import (
     convert,
     doctor,
     eval,
+    plan,
     prepare_data,
     report,
     serve,
@@ -29,7 +30,19 @@ app = typer.Typer(
     add_completion=False,
     help="Reinforcement learning that makes reasoning models right for the right reasons: FAPO on Megatron-core.",
 )
-for command in (train, eval, serve, convert, report, bench_judge, build_critic_data, prepare_data, submit, doctor):
+for command in (
+    train,
+    eval,
+    serve,
+    convert,
+    report,
+    bench_judge,
+    build_critic_data,
+    prepare_data,
+    submit,
+    plan,
+    doctor,
+):
     app.command(name=command.__name__.rpartition(".")[2].replace("_", "-"), epilog=command.EXAMPLE)(command.command)
 
 

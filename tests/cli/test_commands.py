@@ -14,7 +14,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FAPO = str(Path(sys.executable).parent / "fapo")
-COMMANDS = ("train", "eval", "serve", "convert", "report", "submit", "doctor", "build-critic-data", "prepare-data")
+COMMANDS = (
+    "train",
+    "eval",
+    "serve",
+    "convert",
+    "report",
+    "submit",
+    "plan",
+    "doctor",
+    "build-critic-data",
+    "prepare-data",
+)
 
 
 def fapo(*arguments: object, status: int = 0) -> str:

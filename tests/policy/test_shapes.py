@@ -1,5 +1,6 @@
 """Models at their true size, without their weights: every tensor of the checkpoint exactly once at every layout."""
 
+import json
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors import safe_open
 
 from megatron_fapo.config import read_config as read_run
 from megatron_fapo.errors import ConfigError, DataError
+from megatron_fapo.plan.shape import Shape, part
 from megatron_fapo.policy.settings import ParallelSettings
 from megatron_fapo.policy.shapes import Survey, checkpoint_shapes, read_config, survey
 from tests.policy.lives import save_tiny
@@ -25,6 +27,7 @@ PUBLISHED = {
     "qwen2.5-72b": 72_706_203_648,
     "llama-3.3-70b": 70_553_706_496,
     "qwen3-4b": 4_022_468_096,
+    "qwen3-4b-instruct-2507": 4_022_468_096,
     "fapo-genrm-4b": 4_022_468_096,
     "qwen3-30b-a3b": 30_532_122_624,
 }
@@ -39,7 +42,10 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3-30b-a3b", {"pipeline": 4, "expert": 4, "data": 4}),
 ]
 """Layouts beside those of the shipped runs."""
-RUNS = {path.stem: read_run(path).policy for path in sorted(CONFIGS.parent.glob("*.yaml"))}
+RUNS = {
+    path.stem: read_run(path).policy
+    for path in [*sorted(CONFIGS.parent.glob("*.yaml")), CONFIGS.parent / "judge" / "genrm-4b.yaml"]
+}
 CASES = [
     *((name, ParallelSettings(**axes), f"{name} {axes}") for name, axes in LAYOUTS),
     *((run.model.name.lower(), run.parallel.with_fewest_copies(), f"{name}.yaml") for name, run in RUNS.items()),
@@ -60,7 +66,16 @@ def test_every_tensor_exactly_once_and_the_ranks_add_up(
     assert found.problems() == []
     assert found.parameters == PUBLISHED[name]
     assert len(found.ranks) == parallel.world
-    assert sum(part.layers for part in found.ranks) == config.num_hidden_layers * parallel.world // parallel.pipeline
+    assert sum(rank.layers for rank in found.ranks) == config.num_hidden_layers * parallel.world // parallel.pipeline
+    assert planned_equals_built(CONFIGS / f"{name}.json", parallel, found)
+
+
+def planned_equals_built(config: Path, parallel: ParallelSettings, found: Survey) -> bool:
+    """The planner's closed forms (`plan.shape`) are what Megatron builds, on every rank."""
+    shape = Shape.of(json.loads(config.read_text()))
+    stages = [part(shape, parallel, stage).parameters for stage in range(parallel.pipeline)]
+    built = [rank.parameters for rank in found.ranks]
+    return shape.parameters == found.parameters and built == [stages[rank.stage] for rank in found.ranks]
 
 
 def test_every_shipped_config_is_surveyed() -> None:
@@ -93,6 +108,7 @@ def test_a_checkpoint_has_these_tensors(
     found: Survey = elsewhere(survey, config, ParallelSettings(**axes))
     assert found.problems() == []
     assert found.parameters == sum(prod(shape) for shape in saved.values())
+    assert planned_equals_built(folder / "config.json", ParallelSettings(**axes), found)
 
 
 def test_problems_are_named(elsewhere: Elsewhere) -> None:
