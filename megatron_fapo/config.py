@@ -14,6 +14,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.batch.settings import BatchSettings
 from megatron_fapo.errors import ConfigError
+from megatron_fapo.fp8 import kept_by
 from megatron_fapo.judge.settings import JudgeSettings
 from megatron_fapo.observe.settings import ObserveSettings
 from megatron_fapo.policy.layouts import check_layout
@@ -126,6 +127,17 @@ class Config(Settings):
         """`batch`, with nothing left out of the passes where the loss has a gradient without an advantage."""
         loss = self.algorithm.loss
         return self.batch.changed(skip_zero_advantage=False) if loss.gradient_without_advantage else self.batch
+
+    @model_validator(mode="before")
+    @classmethod
+    def _importance_with_fp8(cls, values: Any) -> Any:
+        """Rollouts in FP8 are drawn from other probabilities than the ones that are trained: corrected unless said."""
+        if _at(values, "servers", "policy", "quantization") != "fp8":
+            return values
+        algorithm, loss = _at(values, "algorithm") or {}, _at(values, "algorithm", "loss") or {}
+        if not isinstance(loss, dict) or "importance" in loss:
+            return values
+        return {**values, "algorithm": {**algorithm, "loss": {**loss, "importance": {}}}}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -255,6 +267,13 @@ class Config(Settings):
         return started
 
 
+def _at(values: Any, *keys: str) -> Any:
+    """The value at a path of keys, None where there is none."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
 def _fixed_ports(server: ServerSettings) -> list[int]:
     return [server.port + place for place in range(server.count)] if server.port else []
 
@@ -328,6 +347,7 @@ def lacking(config: Config) -> list[str]:
                 f"servers.{role}.sglang.python = {server.sglang.python}: no such program; name the Python of SGLang's "
                 "own environment"
             )
+        _check_form(f"servers.{role}", server)
         if server.router == "sglang" and find_spec("sglang_router") is None:
             lacks.append(
                 f"servers.{role}.router = sglang: sglang-router is not installed; pip install 'megatron-fapo[router]'"
@@ -340,6 +360,18 @@ def lacking(config: Config) -> list[str]:
         if source is not None and Path(source).suffix in (".parquet", ".jsonl") and not Path(source).is_file():
             lacks.append(f"task.{key} = {source}: no such file")
     return lacks
+
+
+def _check_form(key: str, server: ServerSettings) -> None:
+    """Raises ConfigError when the setting and the model's folder do not agree on FP8."""
+    kept = kept_by(read_shape(server.model)) if server.quantization is not None or key.endswith("policy") else None
+    if server.quantization is not None and kept is None:
+        raise ConfigError(
+            f"{key}.quantization = fp8, and {server.model} is not: `fapo convert {server.model} --to FOLDER "
+            f"--quantize fp8 --tensor {server.sglang.tensor_parallel}` makes a folder that is; name it {key}.model"
+        )
+    if server.quantization is None and kept is not None:
+        raise ConfigError(f"{key}.model = {server.model} is FP8: set {key}.quantization=fp8")
 
 
 def _model_lacks(config: Config) -> Iterator[str]:

@@ -6,9 +6,11 @@ values (`weight_scale_inv`, the format of DeepSeek's and Qwen's published FP8 fo
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from megatron_fapo.errors import ConfigError
 
 Scales = Literal["blockwise", "tensor"]
 """How far a scale reaches: a block of 128 x 128 values, or a whole matrix."""
@@ -91,6 +93,34 @@ def plan(shapes: Mapping[str, Shape], scales: Scales, tensor_parallel: int = 1, 
             kept |= {group} if group.endswith(".experts") else {name.removesuffix(".weight") for name in names}
     matrices = frozenset(name for group, names in groups.items() if fits[group] for name in names)
     return Fp8(scales=scales, matrices=matrices, kept=tuple(sorted(kept)))
+
+
+def served(shapes: Mapping[str, Shape], kept: Collection[str]) -> Fp8:
+    """What is FP8 on a server whose config.json keeps these modules in BF16, with scales of blocks."""
+    matrices = set()
+    for name in shapes:
+        if match := _MATRIX.fullmatch(name):
+            experts = _EXPERTS.fullmatch(match[1])
+            if name.removesuffix(".weight") not in kept and (experts is None or experts[1] not in kept):
+                matrices.add(name)
+    return Fp8(scales="blockwise", matrices=frozenset(matrices), kept=tuple(sorted(kept)))
+
+
+def kept_by(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The modules that a config.json keeps in BF16; None when it says nothing of FP8.
+
+    Raises ConfigError for another quantisation, and for scales of whole matrices: SGLang lays such weights out anew
+    once they are loaded, so that they can be served but not published to.
+    """
+    found = config.get("quantization_config")
+    if found is None:
+        return None
+    if found.get("quant_method") != "fp8" or found.get("weight_block_size") != [BLOCK, BLOCK]:
+        raise ConfigError(
+            "weights can be published in BF16, and in FP8 with scales of blocks (`fapo convert --quantize fp8`); "
+            f"quantization_config of the servers' model is {found}"
+        )
+    return tuple(sorted(found.get("modules_to_not_convert") or ()))
 
 
 def _taken(module: str, shape: Shape, scales: Scales, ranks: int) -> bool:

@@ -1,5 +1,6 @@
 """YAML, overrides and cross-checks: what is refused, and what the message says."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,48 @@ def test_inherits_takes_the_other_file_first(tmp_path):
 def test_a_wrong_setting_is_refused_with_what_to_do(override, message):
     with pytest.raises(ConfigError, match=message):
         read_config(CLOCK, ["train.deterministic=true", "servers.judge.port=31001", override])
+
+
+IN_FP8 = [
+    "policy.dtype=bfloat16",
+    "policy.rescore=always",
+    "servers.policy.dtype=bfloat16",
+    "servers.policy.engine=sglang",
+]
+
+
+def test_rollouts_in_fp8_are_corrected_unless_that_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="the embedded engine computes in floats; it needs engine sglang"):
+        read_config(CLOCK, ["servers.policy.quantization=fp8"])
+    with pytest.raises(ConfigError, match="with dtype float32: SGLang multiplies FP8 into BF16"):
+        read_config(CLOCK, ["servers.policy.quantization=fp8", "servers.policy.engine=sglang"])
+    assert read_config(CLOCK, IN_FP8).algorithm.loss.importance is None
+    fp8 = [*IN_FP8, "servers.policy.quantization=fp8"]
+    importance = read_config(CLOCK, fp8).algorithm.loss.importance
+    assert importance is not None
+    assert importance.cap == 2.0
+    assert read_config(CLOCK, [*fp8, "algorithm.loss.importance=null"]).algorithm.loss.importance is None
+    chosen = read_config(CLOCK, [*fp8, "algorithm.loss.importance={cap: 5}"]).algorithm.loss.importance
+    assert chosen is not None
+    assert chosen.cap == 5.0
+
+
+def test_the_setting_and_the_models_folder_agree_on_fp8(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    fp8 = [*IN_FP8, "servers.policy.sglang.python=python3"]
+    with pytest.raises(ConfigError, match=r"quantization = fp8, and .* is not: `fapo convert .* fp8 --tensor 1`"):
+        check_surroundings(read_config(CLOCK, [*fp8, "servers.policy.quantization=fp8"]))
+    config = json.loads((ROOT / "configs/clock/warm-start/policy/config.json").read_text())
+    form = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+    fp8.append(f"servers.policy.model={tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": form}))
+    check_surroundings(read_config(CLOCK, [*fp8, "servers.policy.quantization=fp8"]))
+    with pytest.raises(ConfigError, match=r"is FP8: set servers\.policy\.quantization=fp8"):
+        check_surroundings(read_config(CLOCK, fp8))
+    form["weight_block_size"] = None
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": form}))
+    with pytest.raises(ConfigError, match="can be published in BF16, and in FP8 with scales of blocks"):
+        check_surroundings(read_config(CLOCK, [*fp8, "servers.policy.quantization=fp8"]))
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from math import prod
 from pathlib import Path
 
 import torch
@@ -17,10 +16,12 @@ import torch.distributed as dist
 
 from megatron_fapo.compat.device import here
 from megatron_fapo.errors import PolicyError
+from megatron_fapo.fp8 import Fp8, served
 from megatron_fapo.held import HeldDigests, HeldLayout
 from megatron_fapo.policy.hf_folder import SHARD_BYTES, Writer
 from megatron_fapo.policy.model import Model
-from megatron_fapo.policy.pieces import Piece, fetch, own_parts, places, plan
+from megatron_fapo.policy.pieces import Piece, fetch, own_parts, places, plan, shapes
+from megatron_fapo.policy.quantize import quantize
 from megatron_fapo.policy.target import Target, nbytes_of
 from megatron_fapo.records import Bucket, TensorSpec
 from megatron_fapo.weights import Segment, aligned, combined, digest, shared_memory_folder
@@ -38,11 +39,17 @@ class Export:
         self._segments: dict[Path, Segment] = {}
         self._params = [dict(chunk.named_parameters()) for chunk in model.chunks]
         self._held: dict[HeldLayout, HeldDigests] = {}
+        self._fp8: Fp8 | None = None
 
     def restart(self, layouts: Sequence[HeldLayout]) -> None:
         """See `PolicyRank.open_export`."""
         self._next = 0
         self._held = {layout: HeldDigests(layout) for layout in layouts}
+        forms = {layout.kept_in_bf16 for layout in layouts}
+        if len(forms) > 1:
+            raise PolicyError("servers that are published to together hold weights in different forms (BF16, FP8)")
+        kept = forms.pop() if forms else None
+        self._fp8 = None if kept is None else served(shapes(self.pieces), kept)
 
     def next_bucket(self, path: Path, nbytes: int) -> Bucket | None:
         """See `PolicyRank.next_bucket`."""
@@ -50,10 +57,9 @@ class Export:
         self._next += len(pieces)
         if not pieces:
             return None
-        specs = _table(pieces)
-        last = specs[-1]
-        used = aligned(last.offset + prod(last.shape) * pieces[-1].dtype.itemsize)
-        if self._together:
+        specs = _table(pieces, self._fp8)
+        used = aligned(specs[-1].offset + nbytes_of(specs[-1]))
+        if self._together and self._fp8 is None:
             memory = self._map(path, nbytes)
             digests = self._write_parts(pieces, specs, memory)
         else:
@@ -105,13 +111,18 @@ class Export:
         return [combined(each.numpy().tobytes()) for each in sums]
 
     def _write_fetched(self, pieces: Sequence[Piece], specs: Sequence[TensorSpec], memory: memoryview) -> list[str]:
-        """Ranks on several machines send to rank 0, which writes."""
+        """Ranks on several machines send to rank 0, which writes; also in FP8, whose blocks may span several shards."""
         spans = list(_bytes_of(specs, memory)) if self._rank == 0 else []
-        tensors = [t for piece in pieces for _, t in fetch(self.model.bridge, self.model.chunks, piece)]
+        whole = [pair for piece in pieces for pair in fetch(self.model.bridge, self.model.chunks, piece)]
+        tensors = [t for name, tensor in whole for _, t in self._formed(name, tensor)]
         for span, tensor in zip(spans, tensors, strict=True):
             target = torch.frombuffer(span, dtype=torch.uint8)
             target.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
         return [digest(span) for span in spans]
+
+    def _formed(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """What the servers hold of a tensor."""
+        return [(name, tensor)] if self._fp8 is None else quantize(self._fp8, name, tensor)
 
     def expected(self, layout: HeldLayout) -> dict[str, str] | None:
         """See `PolicyRank.expected`."""
@@ -132,14 +143,15 @@ class Export:
         return rest[:fitting]
 
 
-def _table(pieces: Sequence[Piece]) -> list[TensorSpec]:
+def _table(pieces: Sequence[Piece], fp8: Fp8 | None) -> list[TensorSpec]:
     """Where each tensor of a bucket lies, its digest not yet known."""
     specs, offset = [], 0
     for piece in pieces:
         dtype = str(piece.dtype).removeprefix("torch.")
-        for name, shape in piece.tensors:
-            specs.append(TensorSpec(name=name, dtype=dtype, shape=tuple(shape), offset=offset, digest=""))
-            offset = aligned(offset + prod(shape) * piece.dtype.itemsize)
+        for whole, shape in piece.tensors:
+            for name, part, kind in fp8.tensors(whole, shape) if fp8 else ((whole, tuple(shape), dtype),):
+                specs.append(TensorSpec(name=name, dtype=kind, shape=part, offset=offset, digest=""))
+                offset = aligned(offset + nbytes_of(specs[-1]))
     return specs
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_fapo.errors import RequestRejected
+from megatron_fapo.fp8 import kept_by
 from megatron_fapo.held import HeldLayout
 from megatron_fapo.records import Bucket
 from megatron_fapo.serving.sglang.command import LOADER
@@ -49,18 +50,22 @@ def receiver(command: Command, info: Mapping[str, Any], routes: Mapping[str, Any
     """The way of a server, from its /get_server_info and, for SGLang, the paths of its /openapi.json."""
     if info.get("engine") == "embedded":
         return Embedded(command)
+    config = _config(info.get("model_path"))
     layout = HeldLayout(
-        engine="sglang", tensor_parallel=int(info.get("tp_size") or 1), kv_heads=_kv_heads(info.get("model_path"))
+        engine="sglang",
+        tensor_parallel=int(info.get("tp_size") or 1),
+        kv_heads=int(config.get("num_key_value_heads") or 1),
+        kept_in_bf16=kept_by(config),
     )
     loads = LOADER in (info.get("custom_weight_loader") or ())
     return SGLang(command, layout, session="/begin_weight_update" in routes, loads=loads)
 
 
-def _kv_heads(model: object) -> int:
-    """Key and value heads of the model that a server serves; 1 where its folder is not on this machine."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        return int(json.loads((Path(str(model)) / "config.json").read_text())["num_key_value_heads"])
-    return 1
+def _config(model: object) -> Json:
+    """config.json of the model that a server serves; empty where its folder is not on this machine."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads((Path(str(model)) / "config.json").read_text()))
+    return {}
 
 
 class Embedded:

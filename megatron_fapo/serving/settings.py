@@ -99,6 +99,10 @@ class ServerSettings(Settings):
     """Most tokens of prompt and answer together, or the model's own limit if lower (SGLang: --context-length)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and arithmetic."""
+    quantization: Literal["fp8"] | None = None
+    """The model's folder is FP8 (`fapo convert --quantize fp8`), and a policy's weights are published in that form.
+    Needs engine sglang and dtype bfloat16. With the policy's servers in FP8, `algorithm.loss.importance` is on unless
+    it is set otherwise."""
     deterministic: bool = False
     """Give the same bytes whatever else is in the batch (SGLang: --enable-deterministic-inference)."""
     weights_cpu_backup: bool = False
@@ -128,6 +132,14 @@ class ServerSettings(Settings):
             raise ValueError("engine sglang on the cpu ignores seeds: a deterministic run needs engine embedded")
         if self.sglang.memory_saver and self.sglang.on_cpu:
             raise ValueError("sglang.memory_saver needs a GPU: leave sglang.on_cpu out")
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_has_an_engine(self) -> Self:
+        if self.quantization is not None and self.engine == "embedded":
+            raise ValueError("quantization fp8: the embedded engine computes in floats; it needs engine sglang")
+        if self.quantization is not None and self.dtype != "bfloat16":
+            raise ValueError(f"quantization fp8 with dtype {self.dtype}: SGLang multiplies FP8 into BF16; set bfloat16")
         return self
 
     @model_validator(mode="after")

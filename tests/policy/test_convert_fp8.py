@@ -1,7 +1,9 @@
 """FP8 folders: made of either kind of folder, what their config says, read again as the floats that they stand for."""
 
 import json
+import os
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_fapo.errors import ConfigError, DataError
-from megatron_fapo.fp8 import plan
+from megatron_fapo.errors import ConfigError, DataError, PolicyError
+from megatron_fapo.fp8 import kept_by, plan
+from megatron_fapo.held import HeldDigests, HeldLayout
 from megatron_fapo.policy.convert import difference, fp8_error, to_hugging_face, to_megatron
 from megatron_fapo.policy.hf_folder import Weights
+from megatron_fapo.policy.local import LocalRanks
 from megatron_fapo.policy.quantize import allowed, quantize
+from megatron_fapo.policy.settings import PolicySettings
+from megatron_fapo.weights import Segment, digest, shared_memory_folder
 from tests.policy.lives import export, policy_settings, save_tiny
 
 Elsewhere = Callable[..., Any]
+Process = Callable[[PolicySettings], LocalRanks]
 
 WIDE = {"hidden_size": 128, "num_key_value_heads": 4, "intermediate_size": 256, "head_dim": 32}
 MODELS = {
@@ -100,7 +107,7 @@ def test_the_error_is_measured_and_a_changed_value_is_seen(elsewhere: Elsewhere,
 
 
 def test_a_policy_starts_from_an_fp8_folder_and_a_checkpoint_of_it_is_plain(
-    elsewhere: Elsewhere, process: Any, source: Any, tmp_path: Path
+    elsewhere: Elsewhere, process: Process, source: Any, tmp_path: Path
 ) -> None:
     elsewhere(to_hugging_face, source("dense, tied"), tmp_path / "fp8", None, 10**9, _quiet, "tensor")
     weights, before = Weights(tmp_path / "fp8"), tensors(source("dense, tied"))
@@ -118,6 +125,40 @@ def test_a_policy_starts_from_an_fp8_folder_and_a_checkpoint_of_it_is_plain(
         assert torch.equal(tensor, weights.read(name).to(torch.bfloat16))
     gap, largest = elsewhere(difference, tmp_path / "plain", tmp_path / "megatron")
     assert gap <= 1e-5 * largest
+
+
+def test_published_in_fp8_from_two_ranks_it_is_the_folder_bit_for_bit(
+    process: Process, elsewhere: Elsewhere, source: Any, tmp_path: Path
+) -> None:
+    elsewhere(to_hugging_face, source("dense, tied"), tmp_path / "fp8", None, 10**9, _quiet, "blockwise")
+    kept = kept_by(json.loads((tmp_path / "fp8" / "config.json").read_text()))
+    ranks = process(policy_settings(source("dense, tied"), tensor=2))
+    layout = HeldLayout(engine="sglang", kv_heads=4, kept_in_bf16=kept)
+    found, specs = {}, []
+    segment = Segment.create(shared_memory_folder() / f"fapo-test-fp8-{os.getpid()}", 300_000)
+    try:
+        ranks.call("open_export", (layout,))
+        while (bucket := ranks.call("next_bucket", str(segment.path), 300_000)[0]) is not None:
+            specs += bucket.tensors
+            for spec in bucket.tensors:
+                dtype = getattr(torch, spec.dtype)
+                data = segment.memory[spec.offset : spec.offset + prod(spec.shape) * dtype.itemsize]
+                assert spec.digest == digest(data)
+                found[spec.name] = torch.frombuffer(bytearray(data), dtype=dtype).view(spec.shape)
+        held = ranks.call("expected", layout)[0]
+        with pytest.raises(PolicyError, match="hold weights in different forms"):
+            ranks.call("open_export", (layout, HeldLayout()))
+    finally:
+        segment.remove()
+    expected = tensors(tmp_path / "fp8")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    again = HeldDigests(layout)
+    for spec in specs:
+        again.add(spec, memoryview(expected[spec.name].contiguous().view(torch.uint8).numpy()).cast("B"))
+    assert held == again.result()
+    assert "model.layers.0.self_attn.qkv_proj.weight_scale_inv" in held
 
 
 def test_what_cannot_be_is_refused_by_name(elsewhere: Elsewhere, source: Any, tmp_path: Path) -> None:
