@@ -94,6 +94,20 @@ def test_the_headline_compares_the_last_ten_steps(runs):
     assert headline(arms[:1]) == f"Flawed right answers: FAPO {100 * fapo:.1f} %"
 
 
+def test_many_arms_are_told_in_a_line_and_what_they_share_once(tmp_path):
+    many = [f"arm-{number}" for number in range(6)]
+    runs = [read_run(write_run(tmp_path / name, "fapo", 1, 2, f"train.arm={name}")) for name in many]
+    assert re.fullmatch(
+        r"Flawed right answers of 6 arms: [\d.]+ % \(arm-\d\) to [\d.]+ % \(arm-\d\)", headline(arms_of(runs))
+    )
+    for run in runs:
+        (run.path / "failure.json").write_text(json.dumps({"error": "Diverged", "message": "nan", "at": "now"}))
+    same = [runs[0]] * 3
+    page = render(same)
+    assert page.count('class="bad"') == 1
+    assert " and 2 more" in page
+
+
 def test_all_seeds_are_shown_and_alike_runs_get_their_folders_name(runs):
     curves = embedded(render(runs), "curves-data")
     assert curves[0]["metric"] == "flawed/oracle"

@@ -3,7 +3,10 @@
 (() => {
   const data = JSON.parse(document.getElementById("curves-data").textContent);
   const NS = "http://www.w3.org/2000/svg";
-  const MARGIN = { top: 12, right: 50, bottom: 24, left: 48 };
+  const LONGEST = 16; // characters of an arm's name beside its line
+  const brief = (name) => (name.length > LONGEST ? name.slice(0, LONGEST - 1) + "…" : name);
+  const names = data.flatMap((panel) => (panel.arms ?? []).map((arm) => brief(arm.name).length));
+  const MARGIN = { top: 12, right: Math.max(50, 14 + 7.2 * Math.max(0, ...names)), bottom: 24, left: 48 };
 
   function svg(tag, attributes = {}, text = "") {
     const made = document.createElementNS(NS, tag);
@@ -111,7 +114,10 @@
     }
     names.sort((a, b) => a.y - b.y);
     for (let i = 1; i < names.length; i++) names[i].y = Math.max(names[i].y, names[i - 1].y + 14);
-    for (const { arm, layer, x, y } of names) layer.append(svg("text", { class: "arm", x, y }, arm.name));
+    const lowest = scale.axisY(scale.low) + 4, last = names.length - 1;
+    if (last >= 0) names[last].y = Math.min(names[last].y, lowest);
+    for (let i = last - 1; i >= 0; i--) names[i].y = Math.min(names[i].y, names[i + 1].y - 14);
+    for (const { arm, layer, x, y } of names) layer.append(svg("text", { class: "arm", x, y }, brief(arm.name)));
   }
 
   function nearest(line, step) {

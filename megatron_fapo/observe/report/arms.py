@@ -6,7 +6,7 @@ from math import fsum
 
 from megatron_fapo.observe.runs import RunRecord
 
-COLOURS = ("fapo", "grpo", "third", "fourth", "fifth")
+COLOURS = ("fapo", "grpo", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 """CSS classes; an arm called as one of them has its colour."""
 
 

@@ -68,6 +68,7 @@ def render(runs: Sequence[RunRecord], live: str = "") -> str:
         style=(ASSETS / "style.css").read_text(encoding="utf-8"),
         headline=text(finding),
         basis=text(f"{basis} over the last {LAST} steps."),
+        glance="glance many" if len(arms) > 3 else "glance",
         tiles=tiles(arms),
         table=table(arms),
         curves_note=text(

@@ -70,6 +70,9 @@ TOPICS: dict[str, tuple[Panel, ...]] = {
         Panel(metric="time/mfu", title="MFU of the update"),
         Panel(metric="time/step", title="Seconds a step"),
         Panel(metric="train/imbalance", title="Imbalance of the data-parallel ranks"),
+        Panel(metric="time/switch", title="Seconds of changes of phase"),
+        Panel(metric="servers/restarts", title="Servers started again"),
+        Panel(metric="servers/retries", title="Samples asked elsewhere"),
     ),
 }
 """{heading: its charts}"""

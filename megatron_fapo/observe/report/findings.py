@@ -174,17 +174,25 @@ def state(run: RunRecord) -> str:
 
 def findings_list(labelled: Sequence[tuple[str, RunRecord]]) -> str:
     """What needs a look, a list; a word of comfort where nothing does."""
-    items = []
+    alike: dict[tuple[str, str], list[tuple[str, Finding]]] = {}
     for label, run in labelled:
         for finding in findings(run):
-            mark = element("span", text("✗" if finding.level == "bad" else "!"), class_="mark", aria_hidden="true")
-            kind = element("span", text("Bad: " if finding.level == "bad" else "Look: "), class_="spoken")
-            words = element("span", element("b", text(finding.what)), " ", text(finding.todo))
-            of = element("small", text(label))
-            items.append(element("li", mark, kind, words, of, class_=finding.level))
-    if not items:
+            alike.setdefault((finding.level, finding.todo), []).append((label, finding))
+    if not alike:
         return element("p", "Nothing: no limit of the report's rules of thumb is passed.", class_="calm")
+    items = [_item(found) for _, found in sorted(alike.items(), key=lambda group: group[0][0] != "bad")]
     return element("ul", *items, class_="findings")
+
+
+def _item(found: Sequence[tuple[str, Finding]]) -> str:
+    """One finding, with the runs that share it."""
+    label, finding = found[0]
+    mark = element("span", text("✗" if finding.level == "bad" else "!"), class_="mark", aria_hidden="true")
+    kind = element("span", text("Bad: " if finding.level == "bad" else "Look: "), class_="spoken")
+    words = element("span", element("b", text(finding.what)), " ", text(finding.todo))
+    others = ", ".join(name for name, _ in found[1:])
+    more = element("span", text(f" and {len(found) - 1} more"), title=others) if others else ""
+    return element("li", mark, kind, words, element("small", text(label), more), class_=finding.level)
 
 
 def failures_table(labelled: Sequence[tuple[str, RunRecord]]) -> str:

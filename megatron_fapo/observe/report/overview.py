@@ -68,6 +68,10 @@ def headline(arms: Sequence[Arm]) -> str:
     if set(shares) == {"fapo", "grpo"} and shares["grpo"] > 0:
         change = shares["fapo"] / shares["grpo"] - 1
         return f"FAPO: {percent(abs(change), 0)} {'fewer' if change < 0 else 'more'} flawed right answers than GRPO"
+    if len(arms) > 3:
+        least, most = (choose(arms, key=lambda arm: shares[arm.name]) for choose in (min, max))
+        ends = [f"{percent(shares[arm.name])} ({arm.title})" for arm in (least, most)]
+        return f"Flawed right answers of {len(arms)} arms: {ends[0]} to {ends[1]}"
     return f"Flawed right answers: {', '.join(f'{arm.title} {percent(shares[arm.name])}' for arm in arms)}"
 
 
