@@ -68,7 +68,10 @@ class ClusterSettings(Settings):
     ranks: Annotated[int, Field(gt=0)] | None = None
     """Training ranks; must be the product of the sizes in policy.parallel. Null takes that product."""
     nodes: Annotated[int, Field(gt=0)] = 1
-    """Nodes over which the ranks are spread, equally many on each. Rank 0, the servers and the loop share the first."""
+    """Nodes of the run. Rank 0 and the loop are on the first."""
+    serving_nodes: Annotated[int, Field(ge=0)] = 0
+    """Of these, nodes that only serve (`placement: split`). The ranks are spread over the others, equally many on each;
+    with 0 the servers share the first node with them."""
     placement: Literal["split", "colocated"] = "split"
     """Whether ranks and servers have devices of their own, or share all of them in turn (`docs/colocation.md`)."""
     ray_address: str | None = None
@@ -77,6 +80,16 @@ class ClusterSettings(Settings):
     """Seconds for all ranks to load the model."""
     phase_deadline: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds for one update, export or checkpoint of all ranks; past it the run stops and names the silent ranks."""
+
+    @property
+    def training_nodes(self) -> int:
+        """Nodes with ranks."""
+        return self.nodes - self.serving_nodes
+
+    @property
+    def servers_elsewhere(self) -> bool:
+        """Whether there are servers on other nodes than the first."""
+        return self.serving_nodes > 0 or (self.placement == "colocated" and self.nodes > 1)
 
 
 class Config(Settings):
@@ -160,8 +173,18 @@ class Config(Settings):
                 f"pipeline {parallel.pipeline} × context {parallel.context} × data {parallel.data} = "
                 f"{parallel.world} ranks"
             )
-        if parallel.world % self.cluster.nodes:
-            return f"cluster.nodes = {self.cluster.nodes} does not divide the {parallel.world} ranks of policy.parallel"
+        if self.cluster.serving_nodes >= self.cluster.nodes:
+            return (
+                f"cluster.serving_nodes = {self.cluster.serving_nodes} leaves the ranks none of "
+                f"cluster.nodes = {self.cluster.nodes}"
+            )
+        if self.cluster.serving_nodes and self.cluster.placement == "colocated":
+            return "cluster.serving_nodes needs cluster.placement = split: colocated servers share the ranks' nodes"
+        if parallel.world % self.cluster.training_nodes:
+            return (
+                f"cluster.nodes - cluster.serving_nodes = {self.cluster.training_nodes} does not divide the "
+                f"{parallel.world} ranks of policy.parallel"
+            )
         if self.cluster.nodes > 1 and self.cluster.ray_address is None:
             return f"cluster.nodes = {self.cluster.nodes} needs cluster.ray_address: a Ray that spans these nodes"
         if self.train.deterministic and not self.policy.deterministic:

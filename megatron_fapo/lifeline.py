@@ -15,12 +15,22 @@ import threading
 _PR_SET_PDEATHSIG = 1
 
 
+_LASTING: set[int] = set()
+
+
+def this_thread_lasts() -> None:
+    """Say of the running thread that it lives as long as its process, as the main thread does."""
+    _LASTING.add(threading.get_native_id())
+
+
 def launcher() -> int:
     """The process that a child started here and now can be tied to; 0 where it cannot.
 
-    The kernel ties a child to the *thread* that started it, and only the main thread lives as long as its process.
+    The kernel ties a child to the *thread* that started it; only the main thread is known to live as long as its
+    process, and those of `this_thread_lasts`.
     """
-    return os.getpid() if threading.current_thread() is threading.main_thread() else 0
+    lasting = threading.current_thread() is threading.main_thread() or threading.get_native_id() in _LASTING
+    return os.getpid() if lasting else 0
 
 
 def end_with(launcher: int) -> None:

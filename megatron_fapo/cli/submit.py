@@ -58,14 +58,14 @@ def command(
     """Submit a run to Slurm: Ray on every node, the loop on the first; it saves, queues itself again, and resumes."""
     on_slurm = [*(overrides or ()), f"cluster.nodes={nodes}", "cluster.ray_address=set-by-the-job"]
     settings = read_config(config, on_slurm)
-    check_gpus(settings, nodes, gpus)
+    check_gpus(settings, gpus)
     if container is None:  # in a container other paths may hold
         check_surroundings(settings)
     folder = (run or Path("runs") / f"{config.stem}-s{settings.train.seed}").resolve()
     script = render(
         name=f"fapo-{folder.name}",
         nodes=nodes,
-        ranks_per_node=settings.policy.parallel.world // nodes,
+        ranks_per_node=settings.policy.parallel.world // settings.cluster.training_nodes,
         options=[*slurm_options(gpus, cpus, time, partition, account, qos), *(sbatch or ())],
         run=str(folder),
         workdir=str(Path.cwd()),
@@ -93,9 +93,9 @@ def command(
     typer.echo(f"job {job}: {path}\nfollow it with: tail -F {folder}/slurm-{job}.log")
 
 
-def check_gpus(config: Config, nodes: int, gpus: int) -> None:
+def check_gpus(config: Config, gpus: int) -> None:
     """Refuse a job whose nodes have GPUs, but fewer than ranks. Raises ConfigError."""
-    ranks = config.policy.parallel.world // nodes
+    ranks = config.policy.parallel.world // config.cluster.training_nodes
     if 0 < gpus < ranks:
         raise ConfigError(
             f"--gpus-per-node {gpus} is less than the {ranks} ranks that policy.parallel puts on each node"

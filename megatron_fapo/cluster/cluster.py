@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_fapo.algorithm.settings import LossSettings
+from megatron_fapo.cluster.hosts import open_hosts
 from megatron_fapo.cluster.phases import Phases
 from megatron_fapo.cluster.publishing import PolicyWeights
 from megatron_fapo.cluster.ranks import MegatronModel
@@ -27,7 +28,6 @@ from megatron_fapo.records import Role, RunState, StepBatch, StepReport, WeightV
 from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.run.folder import RunFolder
 from megatron_fapo.serving.group import ServerGroup
-from megatron_fapo.serving.memory import ServerMemory
 from megatron_fapo.tasks.interface import Task
 from megatron_fapo.trace import Phase, Switch
 
@@ -114,15 +114,17 @@ async def open_cluster(
     They start side by side, but where they share devices: a server sizes its cache by the memory that it finds.
     """
     async with AsyncExitStack() as stack:
-        if config.cluster.placement == "colocated":
-            model = await _start_model(config, folder, stack)
-            phases = Phases(model)
-            await phases.make_room()
-            servers = await stack.enter_async_context(open_servers(config, folder.logs, watcher))
-            await phases.attach({role: [ServerMemory(c) for c in group.clients] for role, group in servers.items()})
-        else:
-            phases = None
+        phases = None
+        if config.cluster.placement == "split" and not config.cluster.servers_elsewhere:
             model, servers = await _start_side_by_side(config, folder, stack, watcher)
+        else:
+            model = await _start_model(config, folder, stack)
+            if config.cluster.placement == "colocated":
+                phases = Phases(model)
+                await phases.make_room()
+            servers = await _start_servers(config, folder, stack, watcher, model)
+            if phases is not None:
+                await phases.attach(servers)
         task = await stack.enter_async_context(open_task(config))
         # Named after the run, so that a resumed run reuses (and removes) what a killed one left behind.
         transport = SharedMemory(config.publish, hashlib.blake2b(bytes(folder.path), digest_size=8).hexdigest())
@@ -134,7 +136,7 @@ async def open_cluster(
             sampler=make_sampler(config, task, servers, watcher),
             evaluator=make_evaluator(config, task, servers),
             task=task,
-            weights=PolicyWeights(model, servers["policy"], transport),
+            weights=PolicyWeights(model, servers["policy"], transport, at_any_time=phases is None),
             saves=saves,
             stop=stop,
             phases=phases,
@@ -148,10 +150,23 @@ async def _start_model(config: Config, folder: RunFolder, stack: AsyncExitStack)
     return model
 
 
+async def _start_servers(
+    config: Config, folder: RunFolder, stack: AsyncExitStack, watcher: Watcher, model: MegatronModel
+) -> dict[Role, ServerGroup]:
+    """After the ranks: on their devices, or on nodes that Ray knows by now."""
+    hosts = None
+    if config.cluster.servers_elsewhere:
+        serving, deadline = config.cluster.serving_nodes, config.cluster.setup_deadline
+        hosts = await stack.enter_async_context(open_hosts(model.nodes, serving, deadline, folder.path / "api_key"))
+    return await stack.enter_async_context(open_servers(config, folder.logs, watcher, hosts=hosts))
+
+
 async def _start_side_by_side(
     config: Config, folder: RunFolder, stack: AsyncExitStack, watcher: Watcher
 ) -> tuple[MegatronModel, dict[Role, ServerGroup]]:
-    servers_starting = asyncio.ensure_future(stack.enter_async_context(open_servers(config, folder.logs, watcher)))
+    servers_starting = asyncio.ensure_future(
+        stack.enter_async_context(open_servers(config, folder.logs, watcher, gpus_taken=config.policy.parallel.world))
+    )
     try:
         model = await _start_model(config, folder, stack)
         return model, await servers_starting

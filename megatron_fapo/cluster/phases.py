@@ -15,13 +15,16 @@ failed to let go is named before another one runs out of memory.
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_fapo.errors import MemoryHeld, WeightsError
 from megatron_fapo.held import differing
 from megatron_fapo.records import Role
+from megatron_fapo.serving.client import ServerClient
+from megatron_fapo.serving.group import ServerGroup
 from megatron_fapo.serving.memory import TAGS, ServerMemory, Tag
 from megatron_fapo.trace import KINDS, Kind, Phase, Switch
 
@@ -75,13 +78,18 @@ class Phases:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._servers: dict[Role, list[ServerMemory]] = {}
-        self._sums: list[dict[str, str]] = []
+        self._groups: dict[Role, ServerGroup] = {}
+        self._memories: dict[ServerClient, ServerMemory] = {}
+        self._judge: dict[str, str] = {}
+        """Digests of the judge's parameters when it started."""
         self._sizes: list[dict[Kind, int]] = []
         """Of each rank, what it held of each kind before it gave that back."""
         self.phase: Phase | None = None
         """Where the run is; None until the servers have come up beside ranks that hold nothing."""
         self._switches: list[Switch] = []
+        self._turn = asyncio.Lock()
+        """Held by a change of phase, and by a server that is started again."""
+        self._serving = asyncio.Event()
 
     async def make_room(self) -> None:
         """Let the ranks hold nothing, so that servers can start on their devices."""
@@ -89,10 +97,23 @@ class Phases:
         await self._ranks.offload(KINDS)
         _refuse_held(_by_rank(await self._ranks.resident()), (), "start")
 
-    async def attach(self, servers: Mapping[Role, Sequence[ServerMemory]]) -> None:
+    async def attach(self, groups: Mapping[Role, ServerGroup]) -> None:
         """Take charge of servers that have just started, and remember which weights the judge has."""
-        self._servers = {role: list(memories) for role, memories in servers.items()}
-        self._sums = await self._judge_sums()
+        self._groups = dict(groups)
+        for group in groups.values():
+            group.hooks.room = self._room
+        for sums in await self._judge_sums():
+            self._judge = sums
+
+    @asynccontextmanager
+    async def _room(self) -> AsyncIterator[None]:
+        """While the devices are the servers'; they stay so until the body ends."""
+        while True:
+            await self._serving.wait()
+            async with self._turn:
+                if self._serving.is_set():
+                    yield
+                    return
 
     async def enter(self, phase: Phase) -> None:
         """Go to a phase; nothing happens where the run is there already.
@@ -102,6 +123,13 @@ class Phases:
         """
         if phase == self.phase:
             return
+        async with self._turn:
+            self._serving.clear()
+            await self._change(phase)
+            if phase == "generate":
+                self._serving.set()
+
+    async def _change(self, phase: Phase) -> None:
         started, needs = time.perf_counter(), NEEDS[phase]
         before = await self._resident()
         await asyncio.gather(
@@ -110,7 +138,7 @@ class Phases:
         )
         between = await self._resident()
         wanted = {f"ranks_{kind}" for kind in needs.ranks} | {
-            f"{role}_{tag}" for role in self._servers for tag in needs.of(role)
+            f"{role}_{tag}" for role in self._groups for tag in needs.of(role)
         }
         _refuse_held(between, wanted, phase)
         await self._refuse_full(needs, phase)
@@ -136,7 +164,10 @@ class Phases:
         return done
 
     def _each(self) -> list[tuple[Role, ServerMemory]]:
-        return [(role, memory) for role, memories in self._servers.items() for memory in memories]
+        """All servers that live now; one that was started again has all of its memory."""
+        clients = [(role, client) for role, group in self._groups.items() for client in group.clients]
+        self._memories = {client: self._memories.get(client) or ServerMemory(client) for _, client in clients}
+        return [(role, self._memories[client]) for role, client in clients]
 
     async def _resident(self) -> dict[str, int]:
         """Bytes by owner, each counted by the owner itself; of SGLang's servers nothing is known."""
@@ -163,14 +194,15 @@ class Phases:
                 )
 
     async def _judge_sums(self) -> list[dict[str, str]]:
-        return list(await asyncio.gather(*(memory.client.held() for memory in self._servers.get("judge", []))))
+        clients = self._groups["judge"].clients if "judge" in self._groups else ()
+        return list(await asyncio.gather(*(client.held() for client in clients)))
 
     def _refuse_other_judge(self, sums: Sequence[dict[str, str]]) -> None:
-        for place, (expected, found) in enumerate(zip(self._sums, sums, strict=True)):
-            if wrong := differing(expected, found):
+        for place, found in enumerate(sums):
+            if wrong := differing(self._judge, found):
                 raise WeightsError(
                     f"judge server {place} came back from its sleep with other weights: {len(wrong)} of "
-                    f"{len(expected)} parameters differ, the first is {wrong[0]}; is its backup on "
+                    f"{len(self._judge)} parameters differ, the first is {wrong[0]}; is its backup on "
                     "(servers.judge.weights_cpu_backup)?"
                 )
 

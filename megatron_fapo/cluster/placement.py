@@ -34,6 +34,13 @@ class Placement:
         )
         return {"scheduling_strategy": strategy, "num_cpus": 1, "num_gpus": self.gpus}
 
+    def nodes(self) -> list[str]:
+        """Ray's ids of the nodes, the first rank's first."""
+        from ray.util import placement_group_table
+
+        of_bundle = placement_group_table(self.group)["bundles_to_node_id"]
+        return [of_bundle[bundle] for bundle in sorted(of_bundle)]
+
     def release(self) -> None:
         """Give the nodes back."""
         from ray.util import remove_placement_group

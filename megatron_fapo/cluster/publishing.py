@@ -19,11 +19,18 @@ class PolicyWeights:
     gets them from there, at any time but during an update; then the publication after it includes that server.
     """
 
-    def __init__(self, model: MegatronModel, servers: ServerGroup, transport: WeightTransport) -> None:
+    def __init__(
+        self, model: MegatronModel, servers: ServerGroup, transport: WeightTransport, *, at_any_time: bool = True
+    ) -> None:
         self._model, self._servers, self._transport = model, servers, transport
         self._published: WeightVersion | None = None
         self._busy = asyncio.Lock()
-        servers.hooks.catch_up = self.catch_up
+        servers.hooks.catch_up = self.catch_up if at_any_time else self._later
+
+    @staticmethod
+    async def _later(server: ServerClient) -> bool:
+        """Where ranks and servers share devices, the ranks hold no weights while the servers generate."""
+        return False
 
     async def publish(self, version: int) -> WeightVersion:
         """The ranks' present weights to every server that lives, confirmed by checksum; at least one is waited for.

@@ -47,7 +47,7 @@ class MegatronModel:
     async def start(cls, role: Role, settings: PolicySettings, cluster: ClusterSettings, seed: int) -> "MegatronModel":
         """Spawn the ranks and load the model."""
         world = settings.parallel.world
-        placement = await reserve(world, cluster.nodes, cluster.setup_deadline)
+        placement = await reserve(world, cluster.training_nodes, cluster.setup_deadline)
         remote = _remote_rank(settings)
         actors = [remote.options(**placement.options(rank)).remote(role, rank) for rank in range(world)]
         model = cls(role, actors, cluster.setup_deadline, placement)
@@ -62,6 +62,11 @@ class MegatronModel:
         model.layout = layouts[0]
         model._deadline = cluster.phase_deadline
         return model
+
+    @property
+    def nodes(self) -> list[str]:
+        """Ray's ids of the nodes that the ranks are on."""
+        return [] if self._placement is None else self._placement.nodes()
 
     async def update(self, batch: StepBatch, loss: LossSettings) -> StepReport:
         """All optimizer steps of one step."""

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_fapo.cluster.hosts import Hosts
 from megatron_fapo.config import Config
 from megatron_fapo.judge.answerer import Answerer, OpenAI, Served
 from megatron_fapo.judge.ask import Asker
@@ -19,7 +20,7 @@ from megatron_fapo.records import Role
 from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.rollout.settings import RolloutSettings
 from megatron_fapo.serving.group import Hooks, ServerGroup
-from megatron_fapo.serving.launcher import launch
+from megatron_fapo.serving.launcher import launch, start_here
 from megatron_fapo.serving.settings import EndpointSettings
 from megatron_fapo.tasks.benchmarks import BenchmarkTask
 from megatron_fapo.tasks.interface import Task
@@ -44,15 +45,33 @@ class Watcher:
 
 @asynccontextmanager
 async def open_servers(
-    config: Config, logs: Path, watcher: Watcher | None = None
+    config: Config,
+    logs: Path,
+    watcher: Watcher | None = None,
+    *,
+    hosts: Hosts | None = None,
+    gpus_taken: int = 0,
 ) -> AsyncIterator[dict[Role, ServerGroup]]:
-    """Start the servers of all roles that the run needs, side by side; stop them at the end."""
+    """Start the servers of all roles that the run needs, side by side; stop them at the end.
+
+    On the nodes of `hosts`, or on this machine with the GPUs that follow the `gpus_taken` first ones.
+    """
     roles = [role for role, _ in config.started_servers()]
     watcher = watcher or Watcher()
     hooks = {role: Hooks(retried=watcher.retried, restarted=watcher.restarted) for role in roles}
+    starts = hosts.starts(config) if hosts is not None else dict.fromkeys(roles, start_here)
+    settings = {}
+    for role in roles:
+        settings[role] = config.server(role).on_gpus_from(gpus_taken)
+        gpus_taken += settings[role].count * settings[role].gpus
+        if hosts is not None:
+            settings[role] = hosts.with_key(settings[role])
     async with AsyncExitStack() as stack:
         groups = await asyncio.gather(
-            *(stack.enter_async_context(launch(config.server(role), role, logs, hooks[role])) for role in roles)
+            *(
+                stack.enter_async_context(launch(settings[role], role, logs, hooks[role], starts[role]))
+                for role in roles
+            )
         )
         yield dict(zip(roles, groups, strict=True))
 

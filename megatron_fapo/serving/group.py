@@ -5,7 +5,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -53,6 +53,8 @@ class Hooks:
     """No server is left; it may raise an error that says more (a dead server's log)."""
     catch_up: Callable[[ServerClient], Awaitable[bool]] = _has_them
     """Bring the group's present weights to a server that was started again. False: the next update brings them."""
+    room: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+    """Held while a server is started again and joins the group: where devices are shared, it waits for their turn."""
     retried: Callable[[int], None] = lambda samples: None
     """So many samples are asked again, their server having died."""
     restarted: Callable[[], None] = lambda: None

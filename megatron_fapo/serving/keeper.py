@@ -12,14 +12,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from megatron_fapo.errors import FapoError, ServerError, ServerUnreachable
 from megatron_fapo.serving.client import ServerClient
 from megatron_fapo.serving.group import Router, ServerGroup
-from megatron_fapo.serving.process import ServerProcess
+from megatron_fapo.serving.process import Server
 from megatron_fapo.serving.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-Start = Callable[[int], Awaitable[ServerProcess]]
+Start = Callable[[int], Awaitable[Server]]
 """Start the server of a place in the group."""
-Connect = Callable[[ServerProcess], ServerClient]
+Connect = Callable[[Server], ServerClient]
 
 
 class Keeper:
@@ -30,7 +30,7 @@ class Keeper:
         group: ServerGroup,
         settings: ServerSettings,
         name: str,
-        servers: Sequence[ServerProcess],
+        servers: Sequence[Server],
         start: Start,
         connect: Connect,
         router: Router | None = None,
@@ -53,8 +53,7 @@ class Keeper:
         if await client.health(self._settings.health_deadline):
             return False
         self._lose(client)
-        with contextlib.suppress(ProcessLookupError):
-            server.process.kill()
+        server.kill()
         return True
 
     def diagnose(self) -> None:
@@ -81,15 +80,17 @@ class Keeper:
                 while again is None and left:
                     left -= 1
                     log.warning("%s-%d: %s; starting it again (%d more times)", self._name, place, self._ended, left)
-                    with contextlib.suppress(ServerError):
-                        again = await self._start(place)
+                    async with self._group.hooks.room():
+                        with contextlib.suppress(ServerError):
+                            again = await self._start(place)
+                        if again is not None:
+                            server, first, client = again, False, self._connect(again)
+                            self._kept[client] = server
+                            self._group.gain(client)
                 if again is None:
                     log.error("%s-%d: %s; it is not started again", self._name, place, self._ended)
                     self._group.give_up()
                     return
-                server, first, client = again, False, self._connect(again)
-                self._kept[client] = server
-                self._group.gain(client)
                 self._group.hooks.restarted()
                 await self._catch_up(place, client)
         finally:
@@ -108,16 +109,16 @@ class Keeper:
         except FapoError as error:
             self._group.fail(error)
 
-    async def _end(self, server: ServerProcess, client: ServerClient) -> FapoError:
+    async def _end(self, server: Server, client: ServerClient) -> FapoError:
         """How the server ended: by itself, or because it did not answer `/health` for too long and was killed."""
-        ending = asyncio.ensure_future(server.process.wait())
+        ending = asyncio.ensure_future(server.wait())
         try:
             while not ending.done():
                 await asyncio.wait({ending}, timeout=self._settings.health_interval)
                 if not ending.done() and not await client.health(self._settings.health_deadline) and not ending.done():
                     log.warning("%s no longer answers /health: it is killed", server.url)
                     self._lose(client)
-                    server.process.kill()
+                    server.kill()
                     await ending
         finally:
             ending.cancel()

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from megatron_fapo import lifeline
@@ -18,7 +18,7 @@ from megatron_fapo.errors import FapoError, ServerError
 from megatron_fapo.serving.client import ServerClient
 from megatron_fapo.serving.group import Hooks, ServerGroup
 from megatron_fapo.serving.keeper import Keeper
-from megatron_fapo.serving.process import ServerProcess, died, stop, tail
+from megatron_fapo.serving.process import Server, ServerProcess, died, stop, tail
 from megatron_fapo.serving.router import launch_router
 from megatron_fapo.serving.settings import ServerSettings
 from megatron_fapo.serving.sglang.launch import launch_sglang
@@ -79,36 +79,51 @@ async def _read_url(descriptor: int) -> str:
         transport.close()
 
 
+Start = Callable[[ServerSettings, Path, int], Awaitable[Server]]
+"""Start the server of a place in its group, with its log."""
+
+
+async def start_here(settings: ServerSettings, log: Path, place: int) -> Server:
+    """On this machine; the servers of a group follow each other in ports and GPUs."""
+    sglang = settings.sglang
+    if sglang.first_gpu is not None:
+        first = sglang.first_gpu + place * sglang.tensor_parallel
+        settings = settings.changed(sglang=sglang.changed(first_gpu=first))
+    return await launch_one(settings, log, settings.port + place if settings.port else 0)
+
+
 @contextlib.asynccontextmanager
-async def processes(settings: ServerSettings, name: str, logs: Path) -> AsyncIterator[list[ServerProcess]]:
+async def processes(
+    settings: ServerSettings, name: str, logs: Path, start: Start = start_here
+) -> AsyncIterator[list[Server]]:
     """Start `settings.count` servers side by side; stop all at the end. Logs are `<logs>/<name>-<i>.log`."""
-    starting = [asyncio.ensure_future(_launch_at(settings, name, logs, place)) for place in range(settings.count)]
+    starting = [
+        asyncio.ensure_future(start(settings, logs / f"{name}-{place}.log", place)) for place in range(settings.count)
+    ]
     try:
         yield list(await asyncio.gather(*starting))
     finally:
         for task in starting:
             task.cancel()
         done = await asyncio.gather(*starting, return_exceptions=True)
-        await asyncio.gather(*(server.stop() for server in done if isinstance(server, ServerProcess)))
-
-
-async def _launch_at(settings: ServerSettings, name: str, logs: Path, place: int) -> ServerProcess:
-    port = settings.port + place if settings.port else 0
-    return await launch_one(settings, logs / f"{name}-{place}.log", port)
+        await asyncio.gather(*(server.stop() for server in done if not isinstance(server, BaseException)))
 
 
 @contextlib.asynccontextmanager
 async def launch(
-    settings: ServerSettings, name: str, logs: Path, hooks: Hooks | None = None
+    settings: ServerSettings, name: str, logs: Path, hooks: Hooks | None = None, start: Start = start_here
 ) -> AsyncIterator[ServerGroup]:
     """The servers of a role, started and kept, as one group of clients."""
     key = settings.api_key()
 
-    def connect(server: ServerProcess) -> ServerClient:
+    def connect(server: Server) -> ServerClient:
         return ServerClient(server.url, key, timeout=settings.request_timeout)
 
+    async def again(place: int) -> Server:
+        return await start(settings, logs / f"{name}-{place}.log", place)
+
     async with contextlib.AsyncExitStack() as stack:
-        servers = await stack.enter_async_context(processes(settings, name, logs))
+        servers = await stack.enter_async_context(processes(settings, name, logs, start))
         clients = [connect(server) for server in servers]
         router = None
         if settings.router == "sglang":
@@ -117,9 +132,7 @@ async def launch(
                 await router.add(client)
         group = ServerGroup(clients, hooks, deadline=settings.deadline, router=router)
         stack.push_async_callback(group.close)
-        keeper = Keeper(
-            group, settings, name, servers, lambda place: _launch_at(settings, name, logs, place), connect, router
-        )
+        keeper = Keeper(group, settings, name, servers, again, connect, router)
         keeping = asyncio.ensure_future(keeper.run())
         keeping.add_done_callback(lambda done: _report(done, group))
         try:

@@ -8,6 +8,7 @@ import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from megatron_fapo.errors import ServerError
 
@@ -17,9 +18,29 @@ _RAISED = re.compile(r"^[\w.]*(Error|Exception)\b.*")
 """The last line of a traceback."""
 
 
+class Server(Protocol):
+    """A running server, wherever it runs."""
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+
+    async def wait(self) -> None:
+        """Return when it has ended."""
+
+    def check(self) -> None:
+        """Raise ServerError with the last lines of its log when it has ended."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    async def stop(self) -> None:
+        """Ask it to end; kill it when it does not."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerProcess:
-    """A running server. `process.wait()` returns when it has ended."""
+    """A server on this machine."""
 
     url: str
     pid: int
@@ -39,6 +60,15 @@ class ServerProcess:
                 return
             status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
         raise died(self.pid, status, self.log)
+
+    async def wait(self) -> None:
+        """Return when it has ended."""
+        await self.process.wait()
+
+    def kill(self) -> None:
+        """End it at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
 
     async def stop(self) -> None:
         """Ask it to end; kill it when it does not."""

@@ -31,6 +31,8 @@ class SGLangSettings(Settings):
     """Compute on the CPU (--device cpu), where SGLang ignores seeds; `make sglang-cpu` makes such an environment."""
     tensor_parallel: Positive = 1
     """Ranks of one server (--tp-size)."""
+    first_gpu: Annotated[int, Field(ge=0)] | None = None
+    """GPU of the first server (--base-gpu-id), the next ones follow; null: as `cluster.placement` has it."""
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Share of the device's memory for weights and KV cache (--mem-fraction-static)."""
     max_total_tokens: Positive | None = None
@@ -149,6 +151,17 @@ class ServerSettings(Settings):
                 f"host {self.host!r} is reachable from other machines: set api_key_file, or host 127.0.0.1"
             )
         return self
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one server."""
+        return self.sglang.tensor_parallel if self.engine == "sglang" and not self.sglang.on_cpu else 0
+
+    def on_gpus_from(self, first: int) -> Self:
+        """The same servers on the GPUs from `first` on, where they need any and nobody has said which."""
+        if not self.gpus or self.sglang.first_gpu is not None:
+            return self
+        return self.changed(sglang=self.sglang.changed(first_gpu=first))
 
     def api_key(self) -> str | None:
         """The key, read from its file. Raises ConfigError when the file is missing or empty."""

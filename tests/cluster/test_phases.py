@@ -10,6 +10,7 @@ from megatron_fapo.cluster.phases import Phases
 from megatron_fapo.config import read_config
 from megatron_fapo.errors import ConfigError, MemoryHeld, WeightsError
 from megatron_fapo.serving.client import ServerClient
+from megatron_fapo.serving.group import ServerGroup
 from megatron_fapo.serving.launcher import launch_one
 from megatron_fapo.serving.memory import ServerMemory
 from megatron_fapo.serving.settings import ServerSettings
@@ -112,7 +113,7 @@ async def test_a_judge_has_its_weights_after_its_sleep_or_the_run_ends(tmp_path:
             memory = ServerMemory(client)
             phases = Phases(Hoarder())
             await phases.make_room()
-            await phases.attach({"judge": [memory]})
+            await phases.attach({"judge": ServerGroup([client])})
             await phases.enter("train")
             assert await memory.held() == {"weights": 0, "kv_cache": 0}
             if backup:

@@ -48,6 +48,8 @@ def _chosen(settings: ServerSettings) -> Iterator[str]:
         yield from ("--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-cuda-graph")
         # Without it the scheduler burns a core while nothing is asked.
         yield "--sleep-on-idle"
+    elif sglang.first_gpu is not None:
+        yield from ("--base-gpu-id", str(sglang.first_gpu))
     if sglang.max_total_tokens is not None:
         yield from ("--max-total-tokens", str(sglang.max_total_tokens))
     if sglang.memory_saver:
