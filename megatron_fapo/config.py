@@ -181,10 +181,8 @@ class Config(Settings):
         if self.cluster.serving_nodes and self.cluster.placement == "colocated":
             return "cluster.serving_nodes needs cluster.placement = split: colocated servers share the ranks' nodes"
         if parallel.world % self.cluster.training_nodes:
-            return (
-                f"cluster.nodes - cluster.serving_nodes = {self.cluster.training_nodes} does not divide the "
-                f"{parallel.world} ranks of policy.parallel"
-            )
+            only = f", {self.cluster.serving_nodes} of which only serve," if self.cluster.serving_nodes else ""
+            return f"cluster.nodes = {self.cluster.nodes}{only} does not divide the {parallel.world} ranks of policy.parallel"
         if self.cluster.nodes > 1 and self.cluster.ray_address is None:
             return f"cluster.nodes = {self.cluster.nodes} needs cluster.ray_address: a Ray that spans these nodes"
         if self.train.deterministic and not self.policy.deterministic:
