@@ -181,8 +181,9 @@ class Config(Settings):
         if self.cluster.serving_nodes and self.cluster.placement == "colocated":
             return "cluster.serving_nodes needs cluster.placement = split: colocated servers share the ranks' nodes"
         if parallel.world % self.cluster.training_nodes:
-            only = f", {self.cluster.serving_nodes} of which only serve," if self.cluster.serving_nodes else ""
-            return f"cluster.nodes = {self.cluster.nodes}{only} does not divide the {parallel.world} ranks of policy.parallel"
+            only = f", {self.cluster.serving_nodes} to serve," if self.cluster.serving_nodes else ""
+            nodes = f"cluster.nodes = {self.cluster.nodes}{only}"
+            return f"{nodes} does not divide the {parallel.world} ranks of policy.parallel"
         if self.cluster.nodes > 1 and self.cluster.ray_address is None:
             return f"cluster.nodes = {self.cluster.nodes} needs cluster.ray_address: a Ray that spans these nodes"
         if self.train.deterministic and not self.policy.deterministic:

@@ -29,8 +29,8 @@ class Target:
     def put(self, part: torch.Tensor, rank: int) -> None:
         """Write a rank's shard, and sum the blocks that it fills."""
         span = self._span(rank)
-        if part.device.type == "cpu" and span is not None:
-            write(_runs(part), self._bytes, span[0], memoryview(self.sums))
+        if span is not None:
+            write(_runs(part.cpu()), self._bytes, span[0], memoryview(self.sums))
             return
         whole = torch.from_numpy(self._bytes).view(part.dtype).view(self._spec.shape)
         whole[self._places[rank]].view(part.shape).copy_(part)
