@@ -222,6 +222,7 @@ def test_a_trace_has_every_phase_in_order(runs, tmp_path):
     inside = [event for event in events if event["ph"] == "X" and event["pid"] == 0 and event["args"]["step"] == 7]
     whole = next(event for event in inside if event["tid"] == 0)
     assert {event["name"] for event in inside} == {"step 7", "publish", "generate", "update"}
+    assert whole["dur"] == pytest.approx(1e6 * dict(runs[0].series("time/step"))[7], abs=5)
     assert sum(event["dur"] for event in inside) == pytest.approx(2 * whole["dur"], abs=5), "phases fill the step"
     assert {event["name"] for event in events if event["ph"] == "C"} >= {"flawed/oracle", "time/step_rate"}
     with pytest.raises(DataError, match="nothing to trace"):
