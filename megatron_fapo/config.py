@@ -264,6 +264,7 @@ class Config(Settings):
             return []
         if servers is None:
             return ["judge.enabled needs servers.judge (its model); or set judge.enabled=false"]
+        problems += self._label_problems()
         if judge.votes > 1 and judge.temperature == 0.0:
             problems.append("judge.votes > 1 needs judge.temperature > 0: greedy votes are all the same")
         if isinstance(servers, EndpointSettings):
@@ -279,6 +280,20 @@ class Config(Settings):
                 f"servers.judge.context_length = {servers.context_length} must be more than rollout.max_new_tokens + "
                 f"judge.max_new_tokens = {needed}: the judge reads the whole solution before its verdict"
             )
+        return problems
+
+    def _label_problems(self) -> list[str]:
+        judge, problems = self.judge, []
+        if judge.refresh is not None and not isinstance(self.servers.judge, ServerSettings):
+            problems.append("judge.refresh needs a model in servers.judge: an endpoint's weights cannot be trained")
+        if judge.refresh is not None and not self.observe.rollouts:
+            problems.append("judge.refresh needs observe.rollouts=true: the judge learns from recorded rollouts")
+        if isinstance(self.task, ClockSettings):
+            return problems
+        if judge.refresh is not None and judge.refresh.labels == "oracle":
+            problems.append(f"judge.refresh.labels = oracle: task {self.task.name} has none; name a labeller")
+        if judge.audit is not None and judge.audit.reference == "oracle":
+            problems.append(f"judge.audit.reference = oracle: task {self.task.name} has none; take votes or endpoint")
         return problems
 
     def started_servers(self) -> list[tuple[Role, ServerSettings]]:

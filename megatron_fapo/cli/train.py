@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from megatron_fapo.cli.arguments import ConfigPath, Overrides
 from megatron_fapo.config import Config, check_surroundings, dump_config, lacking, read_config
 from megatron_fapo.errors import CheckpointDamaged, ConfigError, ResumeError
 from megatron_fapo.records import RunState
+from megatron_fapo.refresh import train_with_refreshes
 from megatron_fapo.run.folder import RunFolder
 from megatron_fapo.settings import flatten
 
@@ -43,7 +45,7 @@ def command(
         raise ConfigError(f"{folder.path} holds a run already: add --resume to go on, or choose another with --run")
     if resume:
         check_same_run(folder, settings)
-    state = asyncio.run(run_training(settings, folder, resume=resume))
+    state = asyncio.run(train_with_refreshes(settings, folder, run_training, resume=resume))
     if state.step < settings.train.steps:
         raise typer.Exit(STOPPED)
 
@@ -86,8 +88,11 @@ def check_same_run(folder: RunFolder, config: Config) -> None:
         raise ResumeError(f"{folder.path} was started with another configuration: {'; '.join(changed)}")
 
 
-async def run_training(config: Config, folder: RunFolder, *, resume: bool) -> RunState:
-    """One run from start (or its newest whole checkpoint) to its end; returns where it ended.
+async def run_training(
+    config: Config, folder: RunFolder, *, resume: bool, of: Config | None = None, new_judge: bool = False
+) -> RunState:
+    """One run from start (or its newest whole checkpoint) to its end; returns where it ended. `of` and `new_judge`: as
+    `refresh.Trainer`.
 
     A checkpoint that the ranks find damaged is named in a warning, and the one before it is taken.
     """
@@ -95,13 +100,15 @@ async def run_training(config: Config, folder: RunFolder, *, resume: bool) -> Ru
     checkpoints = folder.resumable() if resume else []
     for checkpoint in checkpoints[:-1]:
         try:
-            return await _run_from(checkpoint, config, folder)
+            return await _run_from(checkpoint, config, folder, of or config, new_judge)
         except CheckpointDamaged as damage:
             log.warning("%s; going on from the checkpoint before it", damage)
-    return await _run_from(checkpoints[-1] if checkpoints else None, config, folder)
+    return await _run_from(checkpoints[-1] if checkpoints else None, config, folder, of or config, new_judge)
 
 
-async def _run_from(checkpoint: tuple[Path, RunState] | None, config: Config, folder: RunFolder) -> RunState:
+async def _run_from(
+    checkpoint: tuple[Path, RunState] | None, config: Config, folder: RunFolder, of: Config, new_judge: bool
+) -> RunState:
     from megatron_fapo.cluster.cluster import open_cluster
     from megatron_fapo.cluster.serve_roles import Watcher
     from megatron_fapo.observe.model_card import write_card
@@ -109,8 +116,10 @@ async def _run_from(checkpoint: tuple[Path, RunState] | None, config: Config, fo
     from megatron_fapo.train import train
 
     state = checkpoint[1] if checkpoint else RunState(step=0, cursor=0)
-    folder.config.write_text(dump_config(config))
-    dumped = config.model_dump(mode="json")
+    if new_judge:
+        state = replace(state, audit=())
+    folder.config.write_text(dump_config(of))
+    dumped = of.model_dump(mode="json")
     with open_sinks(config.observe, folder.path, config=dumped, resume_step=state.step) as sinks:
         watcher = Watcher(landed=sinks.progress, judged=sinks.judged, retried=sinks.retried, restarted=sinks.restarted)
         stop = asyncio.Event()

@@ -86,6 +86,44 @@ class AuditSettings(Settings):
         return self
 
 
+class RefreshSettings(Settings):
+    """The judge trained again between steps, on the present policy's rollouts (after TANGO, arXiv:2505.15034).
+
+    Every `every` steps the run stops as for a checkpoint; its recorded rollouts are labelled and become rows of task
+    critique; the judge is trained on them by the loop, and the run goes on with it. docs/judge.md says what it costs.
+    """
+
+    every: Annotated[int, Field(gt=0)]
+    """Steps of the policy between two refreshes."""
+    config: Path
+    """How the judge is trained: a configuration of task critique. Rows, model and seed come from the run."""
+    labels: Literal["oracle", "model", "endpoint"] = "model"
+    """Who labels: the task's own oracle (clock), a strong model served for it, or one behind an OpenAI-compatible
+    endpoint."""
+    model: str | None = None
+    """For `model`: its folder, served as `servers.judge` says. For `endpoint`: its name there."""
+    endpoint: str | None = None
+    """For `endpoint`: its URL, up to `/v1`."""
+    api_key_file: Path | None = None
+    """For `endpoint`: a file with the key."""
+    votes: Annotated[int, Field(gt=0)] = 3
+    """Labels a solution; only solutions whose labels agree are learnt from."""
+    temperature: Annotated[float, Field(ge=0)] = 0.6
+    """Of the labels' sampling."""
+    limit: Annotated[int, Field(gt=0)] = 4096
+    """Different solutions that are labelled at most, drawn at random from those of the last `every` steps."""
+    min_rows: Annotated[int, Field(gt=0)] = 128
+    """Rows, half clean and half flawed, below which the judge stays as it is until the next refresh."""
+
+    @model_validator(mode="after")
+    def _labeller_is_named(self) -> Self:
+        if (self.labels == "oracle") != (self.model is None) or (self.labels == "endpoint") != bool(self.endpoint):
+            raise ValueError("labels 'model' needs model, 'endpoint' needs endpoint and model, 'oracle' neither")
+        if self.labels != "oracle" and self.votes > 1 and self.temperature == 0.0:
+            raise ValueError("votes > 1 needs temperature > 0: greedy labels are all the same")
+        return self
+
+
 class JudgeSettings(Settings):
     """Which verdicts are asked, how, and what happens when they do not come."""
 
@@ -104,6 +142,8 @@ class JudgeSettings(Settings):
     """Turn verdicts round at these rates; null leaves them as they are."""
     audit: AuditSettings | None = None
     """Measure the judge's error rates during training; off when null."""
+    refresh: RefreshSettings | None = None
+    """Train the judge again on the policy's own rollouts while the run goes on; off when null."""
     rates: RatesSettings | None = None
     """The judge's known error rates, until an audit has measured them; null takes it for perfect."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
