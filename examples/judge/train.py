@@ -7,7 +7,7 @@
 1. Two policies are trained, of other seeds (configs/clock/fapo.yaml); all their rollouts are recorded.
 2. `fapo build-critic-data` makes training rows of the first one's and a bench of the second one's, both labelled by the
    world's oracle, as many clean rows as flawed ones for training.
-3. A judge that was warm-started for 400 steps only, since the 1500 of the shipped one leave little to learn.
+3. A judge that was warm-started for 800 steps only, since the 1500 of the shipped one leave little to learn.
 4. `fapo train configs/judge/clock.yaml`: task critique, reward Eq. 7.
 5. `fapo bench-judge` before and after.
 
@@ -31,7 +31,7 @@ CLOCK = ROOT / "configs" / "clock" / "fapo.yaml"
 TRAIN_SEED, BENCH_SEED = 1, 2
 BENCH_FROM = 20
 """The bench begins at this step: before it the policy still makes its teacher's mistakes."""
-WARM_START_STEPS = 400
+WARM_START_STEPS = 800
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def policy(out: Path, seed: int) -> Path:
 
 
 def weak_judge(folder: Path) -> Path:
-    """A judge that has learnt a quarter of what the shipped one has."""
+    """A judge that has learnt half of what the shipped one has."""
     made = folder / "judge"
     if not (made / "config.json").is_file():
         tool = [sys.executable, str(ROOT / "tools" / "warm_start.py"), "--only", "judge", "--out", str(folder)]

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from os.path import commonprefix
 
-import numpy as np
-
 from megatron_fapo.records import Ints
 
 Span = tuple[int, int]
@@ -48,19 +46,20 @@ def token_spans(token_ids: Ints, decode: Callable[[Ints], str], spans: Iterable[
     whole = decode(token_ids)
 
     @cache
-    def decoded(count: int) -> int:
+    def prefix(count: int) -> tuple[int, bool]:
+        """Characters of `whole` that `count` tokens make, and whether these tokens end inside of the next one."""
         # A prefix that ends inside a character decodes to replacement characters there: only what the whole
         # text confirms counts.
-        return len(commonprefix([decode(token_ids[:count]), whole]))  # noqa: RUF071 - characters, no paths
-
-    counts = np.arange(len(token_ids) + 1)
+        text = decode(token_ids[:count])
+        confirmed = len(commonprefix([text, whole]))  # noqa: RUF071 - characters, no paths
+        return confirmed, confirmed < len(text)
 
     def tokens_before(position: int) -> int:
         """The fewest tokens whose text reaches `position`."""
-        low, high = 0, len(counts) - 1
+        low, high = 0, len(token_ids)
         while low < high:
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if decoded(middle) < position else (low, middle)
+            low, high = (middle + 1, high) if prefix(middle)[0] < position else (low, middle)
         return low
 
     found = []
@@ -68,5 +67,6 @@ def token_spans(token_ids: Ints, decode: Callable[[Ints], str], spans: Iterable[
         if not 0 <= start < end <= len(whole):
             raise ValueError(f"span ({start}, {end}) is empty or outside a text of {len(whole)} characters")
         first = tokens_before(start)
-        found.append((first - (decoded(first) > start), tokens_before(end)))
+        reached, inside = prefix(first)
+        found.append((first - (reached > start or inside), tokens_before(end)))
     return tuple(found)

@@ -150,6 +150,18 @@ def test_a_token_that_two_paragraphs_share_is_in_both() -> None:
     assert token_spans(ids, decode, paragraph_spans(decode(ids))) == ((0, 2), (1, 3), (4, 5))
 
 
+def test_a_token_that_ends_inside_of_a_paragraph_s_first_character_is_in_it() -> None:
+    """As in DeepSeek's vocabulary, where one token is a space and three of the four bytes of an emoji."""
+    pieces = [b"a\n\n \xf0\x9f", b"\x98", b"\x80 b"]
+
+    def decode(ids: Ints) -> str:
+        return b"".join(pieces[index] for index in ids).decode(errors="replace")
+
+    text = decode(ints([0, 1, 2]))
+    assert split(text) == ("a", "😀 b")
+    assert token_spans(ints([0, 1, 2]), decode, paragraph_spans(text)) == ((0, 1), (0, 3))
+
+
 def test_token_spans_refuse_what_is_outside() -> None:
     with pytest.raises(ValueError, match="outside"):
         token_spans(ints([1]), lambda ids: "a" * len(ids), [(0, 2)])
