@@ -38,6 +38,7 @@ from megatron_fapo.judge.settings import JudgeSettings, RefreshSettings
 from megatron_fapo.records import RunState
 from megatron_fapo.run.folder import RunFolder
 from megatron_fapo.serving.launcher import launch
+from megatron_fapo.serving.settings import ServerSettings
 from megatron_fapo.tasks.settings import CritiqueSettings
 from megatron_fapo.tasks.tokenizer import ChatTokenizer
 
@@ -192,7 +193,7 @@ def _stage(config: Config, end: int, judge: str) -> Config:
 
 def _judge(config: Config, folder: RunFolder, last: Outcome | None) -> str:
     """The judge's model after the refresh that trained it last, or the one that the run began with."""
-    assert config.servers.judge is not None  # the configuration says so
+    assert isinstance(config.servers.judge, ServerSettings)  # the configuration says so
     return config.servers.judge.model if last is None else str(RunFolder(_place(folder, last.step)).model)
 
 
