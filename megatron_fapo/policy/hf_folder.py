@@ -151,11 +151,13 @@ class Writer:
         self._shards: list[tuple[str, ...]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor; it is copied."""
+        """Take a tensor; it is copied, unless it is alone in its memory, and then must not change before `close`."""
         size = tensor.numel() * tensor.itemsize
         if self._held and self._held_bytes + size > self._shard_bytes:
             self._write()
-        self._held[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        alone = tensor.is_cpu and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == size
+        whole = tensor.detach()
+        self._held[name] = whole if alone else torch.empty(tensor.shape, dtype=tensor.dtype).copy_(whole)
         self._held_bytes += size
         self._total += size
 

@@ -12,6 +12,7 @@ import sys
 import types
 from typing import Any
 
+FP8_LAYERS = "sglang.srt.layers.quantization.fp8"
 STOOD_IN = frozenset({"triton", "torchvision", "sgl_kernel"})
 
 
@@ -125,7 +126,41 @@ def _is_probe() -> bool:
     return frame is not None and frame.f_code.co_filename.endswith("importlib/util.py")
 
 
+class Fp8Finder:
+    """Lets SGLang compute with FP8 weights on a CPU without AMX, where it ends once it has loaded them.
+
+    Its own code makes and fills the parameters; they stay as they were loaded, and products are taken with the floats
+    that they stand for.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """The spec of SGLang's FP8 layers, changed once they are loaded; None for all else."""
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name == FP8_LAYERS else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            module.Fp8LinearMethod.process_weights_after_loading = lambda method, layer: None
+            module.Fp8LinearMethod.apply = _float_product
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _float_product(method: Any, layer: Any, x: Any, bias: Any = None) -> Any:
+    from torch.nn.functional import linear
+
+    rows, columns = layer.weight.shape
+    block_rows, block_columns = method.quant_config.weight_block_size
+    scale = layer.weight_scale_inv.repeat_interleave(block_rows, 0)[:rows]
+    scale = scale.repeat_interleave(block_columns, 1)[:, :columns]
+    return linear(x, (layer.weight.float() * scale).to(x.dtype), bias)
+
+
 def install() -> None:
-    """Have the finder asked. Twice is once."""
+    """Have the finders asked. Twice is once."""
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Fp8Finder())  # type: ignore[arg-type]
         sys.meta_path.append(Finder())  # type: ignore[arg-type]
