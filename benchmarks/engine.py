@@ -1,12 +1,13 @@
 """The embedded engine over HTTP against Hugging Face `generate` as a static batch, on the same prompts.
 
-    python benchmarks/engine.py [--quick] [--json]
+    python benchmarks/engine.py [--quick] [--json] [--sglang]
 
 One process is the client and runs Hugging Face and the bare loop; the server is a process of its own, each with one
 thread. Every round measures all rows in turn, so that a busy machine slows all of them; shown are medians. Answers
 end where the model ends them: a static batch computes its finished rows on, an engine does not, and both count only
 the tokens up to the end of sequence. `ratio` is ours over Hugging Face's tokens a second, the lowest over the
-request numbers, with requests in groups of 8.
+request numbers, with requests in groups of 8. `--sglang` adds SGLang on the CPU (`make sglang-cpu`), and sglang-router
+before the embedded engine.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +76,7 @@ class Work:
 
     def requests(self, n: int, group: int) -> list[GenerationRequest]:
         """n samples, GROUP of them of each prompt, `group` in a request."""
-        sampling = Sampling(max_new_tokens=NEW, temperature=1.0)
+        sampling = Sampling(max_new_tokens=NEW, temperature=1.0, stop_token_ids=(EOS,))
         return [
             GenerationRequest(
                 ids=tuple(f"s0-p{i // GROUP}-r{i % GROUP}" for i in range(start, start + group)),
@@ -157,8 +159,17 @@ async def measure(rows: dict[str, Row], sizes: list[int], rounds: int) -> dict[t
     return {key: statistics.median(values) for key, values in seen.items()}
 
 
-async def run(rounds: int, sizes: list[int], model: Path | None) -> dict[tuple[str, int], float]:
-    """Start both servers, measure, stop them."""
+def with_sglang(plain: ServerSettings) -> dict[str, ServerSettings]:
+    """Servers of the further rows, by the row's name."""
+    sglang = {"on_cpu": True, "memory_fraction": 0.3, "max_total_tokens": 65536, "arguments": ["--skip-tokenizer-init"]}
+    return {
+        "SGLang on the CPU, groups of 8": plain.changed(engine="sglang", sglang=sglang),
+        "embedded behind sglang-router": plain.changed(router="sglang"),
+    }
+
+
+async def run(rounds: int, sizes: list[int], model: Path | None, sglang: bool) -> dict[tuple[str, int], float]:
+    """Start the servers, measure, stop them."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = model or Path(temporary) / "model"
         if model is None:
@@ -167,10 +178,11 @@ async def run(rounds: int, sizes: list[int], model: Path | None) -> dict[tuple[s
         work = Work(prompts=[rng.integers(1, EOS, int(size)) for size in rng.choice([8, 10, 12], max(sizes) // GROUP)])
         plain = ServerSettings(model=str(folder), max_running=256, context_length=128)
         logs = Path(temporary)
-        async with (
-            launch(plain, "plain", logs) as server,
-            launch(plain.changed(deterministic=True), "deterministic", logs) as deterministic,
-        ):
+        async with AsyncExitStack() as stack:
+            server = await stack.enter_async_context(launch(plain, "plain", logs))
+            deterministic = await stack.enter_async_context(
+                launch(plain.changed(deterministic=True), "deterministic", logs)
+            )
             rows = {
                 "Hugging Face generate": hugging_face(folder, work),
                 "HTTP, groups of 8": over_http(server, work, GROUP),
@@ -178,6 +190,9 @@ async def run(rounds: int, sizes: list[int], model: Path | None) -> dict[tuple[s
                 "HTTP, groups of 8, deterministic": over_http(deterministic, work, GROUP),
                 "bare loop (floor)": bare_loop(folder, work),
             }
+            for place, (name, settings) in enumerate(with_sglang(plain).items() if sglang else ()):
+                group = await stack.enter_async_context(launch(settings, f"further-{place}", logs))
+                rows[name] = over_http(group, work, GROUP)
             return await measure(rows, sizes, rounds)
 
 
@@ -186,13 +201,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="5 rounds instead of 21")
     parser.add_argument("--json", action="store_true", help="a last line of JSON")
+    parser.add_argument("--sglang", action="store_true", help="rows with SGLang and its router as well")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder instead of a random model")
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     sizes, rounds = [64, 256], 5 if arguments.quick else 21
-    speeds = asyncio.run(run(rounds, sizes, arguments.model))
+    speeds = asyncio.run(run(rounds, sizes, arguments.model, arguments.sglang))
     theirs = "Hugging Face generate"
     table = Table(title=f"tokens per second, median of {rounds} interleaved rounds, 1 thread each")
     for column in ("", *(f"{n} requests" for n in sizes), *(f"over Hugging Face, {n}" for n in sizes)):

@@ -23,7 +23,7 @@ from megatron_fapo.publish.settings import PublishSettings
 from megatron_fapo.records import Role
 from megatron_fapo.rollout.settings import EvaluationSettings, RolloutSettings
 from megatron_fapo.run.settings import CheckpointSettings
-from megatron_fapo.serving.settings import EndpointSettings, ServerSettings
+from megatron_fapo.serving.settings import EndpointSettings, ServerSettings, SharedSettings
 from megatron_fapo.settings import Settings, load
 from megatron_fapo.tasks.settings import ClockSettings, TaskSettings
 
@@ -42,9 +42,9 @@ class TrainSettings(Settings):
 
 
 def _kind_of_judge(given: Any) -> str:
-    """A section with an `endpoint` is an outside one."""
-    outside = isinstance(given, EndpointSettings) or (isinstance(given, Mapping) and "endpoint" in given)
-    return "outside" if outside else "servers"
+    """Which section this is, by the key that it cannot be without."""
+    keys = given if isinstance(given, Mapping) else type(given).model_fields if isinstance(given, Settings) else ()
+    return "outside" if "endpoint" in keys else "shared" if "shares" in keys else "servers"
 
 
 class ServersSettings(Settings):
@@ -54,12 +54,14 @@ class ServersSettings(Settings):
     """Servers that draw the rollouts."""
     judge: (
         Annotated[
-            Annotated[ServerSettings, Tag("servers")] | Annotated[EndpointSettings, Tag("outside")],
+            Annotated[ServerSettings, Tag("servers")]
+            | Annotated[EndpointSettings, Tag("outside")]
+            | Annotated[SharedSettings, Tag("shared")],
             Discriminator(_kind_of_judge),
         ]
         | None
     ) = None
-    """Servers of the GenRM, or an outside endpoint; needed while judge.enabled."""
+    """Servers of the GenRM, an outside endpoint, or the policy itself as judge; needed while judge.enabled."""
 
 
 class ClusterSettings(Settings):
@@ -126,7 +128,9 @@ class Config(Settings):
         """The servers of a role: deterministic when the run is, able to sleep when they share their devices."""
         settings = {"policy": self.servers.policy, "judge": self.servers.judge}.get(role)
         if not isinstance(settings, ServerSettings):
-            raise ConfigError(f"servers.{role} is missing" if settings is None else f"servers.{role} is an endpoint")
+            raise ConfigError(f"servers.{role}: the run has no such servers of its own")
+        if isinstance(self.servers.judge, SharedSettings):
+            settings = settings.changed(priorities=True)
         settings = settings.changed(deterministic=self.train.deterministic or settings.deterministic)
         if self.cluster.placement == "split":
             return settings
@@ -259,7 +263,7 @@ class Config(Settings):
         return problems
 
     def _judge_problems(self) -> list[str]:
-        judge, servers, problems = self.judge, self.servers.judge, []
+        judge, servers, key, problems = self.judge, self.servers.judge, "servers.judge", []
         if not judge.enabled:
             return []
         if servers is None:
@@ -274,10 +278,12 @@ class Config(Settings):
                     "do not tell the probability of a verdict; leave servers.judge.endpoint out"
                 )
             return problems
+        if isinstance(servers, SharedSettings):
+            servers, key = self.servers.policy, "servers.policy"
         needed = self.rollout.max_new_tokens + judge.max_new_tokens
         if servers.context_length <= needed:
             problems.append(
-                f"servers.judge.context_length = {servers.context_length} must be more than rollout.max_new_tokens + "
+                f"{key}.context_length = {servers.context_length} must be more than rollout.max_new_tokens + "
                 f"judge.max_new_tokens = {needed}: the judge reads the whole solution before its verdict"
             )
         return problems

@@ -79,6 +79,8 @@ class GenerationRequest:
     seeds: tuple[int, ...]
     """Each in [0, 2**31)."""
     sampling: Sampling
+    priority: int = 0
+    """Of what waits at a server, the highest goes first."""
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.seeds):

@@ -171,6 +171,16 @@ def test_the_reference_page_describes_every_key():
     assert all(line.split(" | ")[-1].strip(" |") for line in rows), "a key has no description"
 
 
+def test_a_judge_that_is_the_policy_shares_its_servers_and_waits_there():
+    shared = "servers.judge={shares: policy}"
+    with pytest.raises(ConfigError, match=r"servers.policy.context_length = 128 must be more than .* = 160"):
+        read_config(CLOCK, [shared])
+    config = read_config(CLOCK, [shared, "servers.policy.context_length=256"])
+    assert [role for role, _ in config.started_servers()] == ["policy"]
+    assert config.server("policy").priorities
+    assert not read_config(CLOCK).server("policy").priorities
+
+
 def test_a_judge_outside_needs_no_server_but_its_key_and_cannot_say_probabilities(monkeypatch):
     config = read_config(CLOCK, [f"servers.judge={{{OUTSIDE}, api_key_env: JUDGE_KEY}}"])
     assert [role for role, _ in config.started_servers()] == ["policy"]

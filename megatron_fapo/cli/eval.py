@@ -17,6 +17,7 @@ from rich.table import Table
 from megatron_fapo.cli.arguments import ConfigPath, Overrides
 from megatron_fapo.config import Config, read_config
 from megatron_fapo.errors import ConfigError
+from megatron_fapo.serving.settings import SharedSettings
 
 if TYPE_CHECKING:
     from megatron_fapo.cluster.serve_roles import Watcher
@@ -103,8 +104,9 @@ def identity(config: Config, name: str, prompts: "list[Prompt]") -> dict[str, An
     values = config.model_dump(mode="json", include={"judge"})
     evaluation = config.evaluation.model_dump(mode="json", include={"samples", "temperature", "top_p"})
     models = {"policy": config.servers.policy.model}
-    if config.judge.enabled and config.servers.judge is not None:
-        models["judge"] = config.servers.judge.model
+    judge = config.servers.judge
+    if config.judge.enabled and judge is not None:
+        models["judge"] = models["policy"] if isinstance(judge, SharedSettings) else judge.model
     return {
         "on": name,
         "prompts": hashlib.blake2b(asked.encode(), digest_size=8).hexdigest(),

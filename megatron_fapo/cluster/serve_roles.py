@@ -21,12 +21,15 @@ from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.rollout.settings import RolloutSettings
 from megatron_fapo.serving.group import Hooks, ServerGroup
 from megatron_fapo.serving.launcher import launch, start_here
-from megatron_fapo.serving.settings import EndpointSettings
+from megatron_fapo.serving.settings import EndpointSettings, SharedSettings
 from megatron_fapo.tasks.benchmarks import BenchmarkTask
 from megatron_fapo.tasks.interface import Task
 from megatron_fapo.tasks.registry import open_task as task_from
 from megatron_fapo.tasks.tokenizer import ChatTokenizer
 from megatron_fapo.trace import SystemClock
+
+_AFTER_ROLLOUTS = -1
+"""Priority of verdicts on servers that also draw rollouts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +149,10 @@ def _answerer(config: Config, servers: Mapping[Role, ServerGroup]) -> Answerer |
     if isinstance(settings, EndpointSettings):
         key = settings.api_key()
         return OpenAI(settings.endpoint, settings.model, key, timeout=settings.timeout, retries=settings.retries)
+    if isinstance(settings, SharedSettings):
+        return Served(
+            servers["policy"], ChatTokenizer.load(Path(config.servers.policy.model)), priority=_AFTER_ROLLOUTS
+        )
     return Served(servers["judge"], ChatTokenizer.load(Path(config.server("judge").model)))
 
 

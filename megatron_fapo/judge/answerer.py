@@ -60,10 +60,11 @@ class ChatCodec(Protocol):
 
 
 class Served:
-    """A judge on generation servers."""
+    """A judge on generation servers, at a `priority` where others use them too."""
 
-    def __init__(self, servers: Scorer, tokenizer: ChatCodec) -> None:
+    def __init__(self, servers: Scorer, tokenizer: ChatCodec, priority: int = 0) -> None:
         self._servers = servers
+        self._priority = priority
         self._tokenizer = tokenizer
 
     async def answers(self, question: Question) -> AsyncIterator[Answer]:
@@ -78,6 +79,7 @@ class Served:
                 max_new_tokens=question.max_new_tokens,
                 stop_token_ids=self._tokenizer.eos_ids,
             ),
+            priority=self._priority,
         )
         async for generation in self._servers.generate(request):
             yield Answer(

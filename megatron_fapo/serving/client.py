@@ -92,6 +92,7 @@ class ServerClient:
             "sampling_params": _sampling(request, n=len(request.ids), seed=list(request.seeds)),
             "return_logprob": True,
             "group_stream": True,
+            "priority": request.priority,
         }
         waiting = set(request.ids)
         async with self._exchange("POST", "/generate", body, request.ids[0]) as response:
@@ -130,6 +131,7 @@ class ServerClient:
             "input_ids": request.token_ids.tolist(),
             "sampling_params": _sampling(request, n=1, seed=seed),
             "return_logprob": True,
+            "priority": request.priority,  # SGLang takes a request without one for the least urgent
         }
         return _from_sglang(rid, await self._json("POST", "/generate", body, rid), self.url)
 
@@ -141,6 +143,7 @@ class ServerClient:
             "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
             "return_logprob": True,
             "token_ids_logprob": list(choices),
+            "priority": 0,
         }
         answer = await self._json("POST", "/generate", body, rid)
         try:

@@ -78,6 +78,14 @@ class EndpointSettings(Settings):
         return key
 
 
+class SharedSettings(Settings):
+    """The judge is the policy itself, as it is at each step: its verdicts are asked of the policy's servers, at a lower
+    priority than rollouts."""
+
+    shares: Literal["policy"]
+    """Whose servers."""
+
+
 class ServerSettings(Settings):
     """One role's servers: what they serve, where they listen, how much they hold."""
 
@@ -109,6 +117,9 @@ class ServerSettings(Settings):
     """Give the same bytes whatever else is in the batch (SGLang: --enable-deterministic-inference)."""
     weights_cpu_backup: bool = False
     """Keep the weights aside while their memory is released, so that resuming needs no update."""
+    priorities: bool = False
+    """Let what has a higher priority go first (SGLang: --enable-priority-scheduling; the embedded engine always does).
+    The run sets it where its judge shares these servers."""
     api_key_file: str | None = None
     """File holding the key that clients must send as `Authorization: Bearer KEY`."""
     start_timeout: Seconds = 300.0

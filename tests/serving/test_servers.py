@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -96,6 +97,29 @@ async def test_what_a_client_leaves_behind_is_dropped(client, endless):
     while (await client.info())["running"]:
         await asyncio.sleep(0.01)
     assert (await client.info())["waiting"] == 0
+
+
+async def test_what_waits_goes_by_priority(client, request_for, prompts):
+    """64 rows; while nothing runs, 128 samples without a hurry arrive, then 4 urgent ones: these end first of all."""
+    ended = []
+
+    async def ask(name, count, priority, tokens):
+        request = request_for(prompts[1], seeds=range(count), name=name, max_new_tokens=tokens)
+        async for sample in client.generate(replace(request, priority=priority)):
+            ended.append(sample.id)
+
+    await client.pause()
+    tasks = []
+    for name, count, priority, tokens in (("slow", 128, -1, 20), ("fast", 4, 0, 10), ("faster", 2, 1, 10)):
+        tasks.append(asyncio.ensure_future(ask(name, count, priority, tokens)))
+        while (await client.info())["waiting"] < sum([128, 4, 2][: len(tasks)]):
+            await asyncio.sleep(0.005)
+    await client.resume_generation()
+    await asyncio.gather(*tasks)
+    last_of_the_hurried = max(place for place, name in enumerate(ended) if name.startswith("fast"))
+    first_wave = [name for name in ended[: last_of_the_hurried + 1] if name.startswith("slow")]
+    assert len(first_wave) <= 64 - 6
+    assert len(ended) == 134
 
 
 async def test_flush_waits_for_nobody(client, endless, request_for, prompts):

@@ -56,6 +56,8 @@ def _chosen(settings: ServerSettings) -> Iterator[str]:
         yield "--enable-memory-saver"
         # Graph memory can only be paused with the decode graphs; the prefill graphs' default backend refuses.
         yield from ("--cuda-graph-backend-prefill", "disabled")
+    if settings.priorities:
+        yield "--enable-priority-scheduling"
     if settings.weights_cpu_backup:
         yield "--enable-weights-cpu-backup"
     if settings.deterministic and not sglang.on_cpu:
