@@ -155,7 +155,12 @@ class ServerGroup:
         for member in self._members:
             if member.client in clients and not member.ready:
                 if self._router is not None:
-                    await self._router.add(member.client)
+                    try:
+                        await self._router.add(member.client)
+                    except ServerUnreachable:
+                        await self._look_at_router()
+                        if self._router is not None:
+                            raise
                 member.ready = True
         self._tell()
 
@@ -281,19 +286,22 @@ class ServerGroup:
         if self._router is not None and member.client is self._router.client:
             attempt.routed += 1
             await asyncio.sleep(_BACKOFF * 2 ** (attempt.routed - 1))
-            if not await self._router.alive():
-                log.warning("the router at %s is gone: requests go to the servers directly", member.client.url)
-                self._router = None
+            await self._look_at_router()
         else:
             await self.hooks.suspect(member.client)
+
+    async def _look_at_router(self) -> None:
+        """Do without it where it does not answer."""
+        router = self._router
+        if router is not None and not await router.alive():
+            log.warning("the router at %s is gone: requests go to the servers directly", router.client.url)
+            self._router = None
 
     # What goes to all.
 
     async def close(self) -> None:
         """Close all connections."""
         await self._all(lambda client: client.close())
-        if self._router is not None:
-            await self._router.client.close()
 
     async def pause(self, mode: PauseMode = "in_place") -> None:
         """`ServerClient.pause` on every server."""

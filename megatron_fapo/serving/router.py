@@ -112,4 +112,5 @@ async def launch_router(settings: ServerSettings, log: Path) -> AsyncIterator[Ro
             await asyncio.sleep(_POLL_SECONDS)
         yield router
     finally:
+        await client.close()
         await stop(process)

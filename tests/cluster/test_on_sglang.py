@@ -12,6 +12,7 @@ from tests.serving.conformance import SGLANG
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_run_on_sglang_trains_and_survives_the_death_of_its_policy_server(tmp_path):
     if not SGLANG.exists():
         lacking("SGLang's environment is missing: make sglang-cpu")
@@ -24,7 +25,7 @@ def test_a_run_on_sglang_trains_and_survives_the_death_of_its_policy_server(tmp_
     )
     wait_for_steps(run, 1, process)
     os.kill(descendant(process.pid, "policy-0.log"), signal.SIGKILL)
-    output = finish(process)
+    output = finish(process, seconds=600)
     assert "server ended with status -9" in output
     steps = lines(run)
     assert [step["step"] for step in steps] == [0, 1]

@@ -44,8 +44,8 @@ def start(run: Path, *extra: str) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, status: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
+def finish(process: subprocess.Popen, status: int = 0, seconds: float = 240) -> str:
+    output, _ = process.communicate(timeout=seconds)
     assert process.returncode == status, output
     return output
 
