@@ -134,7 +134,7 @@ def _method(run: RunRecord, config: Mapping[str, Any], done: int, base: str, dat
         "loss": algorithm["loss"]["objective"]["name"],
     }
     if judge["enabled"]:
-        settings["judge"] = config["servers"]["judge"]["model"]
+        settings["judge"] = config["servers"]["judge"].get("model", "the policy itself")
     for key, value in settings.items():
         yield f"| {key} | {value} |"
     yield ""

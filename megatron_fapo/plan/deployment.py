@@ -89,9 +89,9 @@ def deployment(
     config_json = read_shape(config.policy.model)
     shape, parallel = Shape.of(config_json), config.policy.parallel
     policy = _servers(config.server("policy"), shape)
-    judge = None
-    if config.judge.enabled and config.servers.judge is not None:
-        judge = _servers(config.server("judge"), Shape.of(read_shape(config.servers.judge.model)))
+    judge, servers = None, config.servers.judge
+    if config.judge.enabled and isinstance(servers, ServerSettings):
+        judge = _servers(config.server("judge"), Shape.of(read_shape(servers.model)))
     made = Deployment(
         card=card,
         shape=shape,
