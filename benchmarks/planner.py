@@ -8,14 +8,15 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_fapo.config import Config, read_config
+from megatron_fapo.errors import JudgeError
 from megatron_fapo.plan.assumptions import Assumptions, card
-from megatron_fapo.plan.deployment import Deployment, Servers, deployment
+from megatron_fapo.plan.deployment import Deployment, JudgePlace, Placement, Servers, deployment
 from megatron_fapo.plan.estimate import estimate
 from megatron_fapo.plan.memory import state
 from megatron_fapo.plan.shape import Shape, part
@@ -38,12 +39,17 @@ TINY = {
 }
 
 
-def show(*rows: Sequence[object]) -> None:
-    """A Markdown table, its first row the heading."""
-    lines = [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    sys.stdout.write("\n".join(lines) + "\n\n")
-    sys.stdout.flush()
+class Table:
+    """A Markdown table, each row shown as soon as it is known."""
+
+    def __init__(self, *heading: object) -> None:
+        self.add(*heading)
+        self.add(*["---"] * len(heading))
+
+    def add(self, *cells: object) -> None:
+        """One row more."""
+        sys.stdout.write(f"| {' | '.join(str(cell) for cell in cells)} |\n")
+        sys.stdout.flush()
 
 
 def memory(steps: int) -> None:
@@ -53,7 +59,7 @@ def memory(steps: int) -> None:
 
     from megatron_fapo.policy.local import LocalRanks
 
-    rows: list[Sequence[object]] = [("layout", "dtype", "owner", "planned, bytes", "measured, bytes", "error")]
+    table = Table("layout", "dtype", "owner", "planned, bytes", "measured, bytes", "error")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         Qwen3ForCausalLM(Qwen3Config(**TINY)).save_pretrained(folder)
@@ -70,8 +76,7 @@ def memory(steps: int) -> None:
                 for owner, measured in freed.items():
                     expected = getattr(planned, owner)
                     layout = ", ".join(f"{axis} {size}" for axis, size in axes.items()) or "one rank"
-                    rows.append((layout, dtype, owner, expected, measured, f"{expected / measured - 1:+.2%}"))
-    show(*rows)
+                    table.add(layout, dtype, owner, expected, measured, f"{expected / measured - 1:+.2%}")
 
 
 def _one_update(layout: Any) -> tuple[Any, Any]:
@@ -152,10 +157,10 @@ def checks(steps: int) -> None:
     """Times and shares that others published, none of which is among the assumptions."""
     import json
 
-    rows: list[Sequence[object]] = [("what", "published", "planned", "error")]
+    table = Table("what", "published", "planned", "error")
 
     def row(what: str, published: float, planned: float, unit: str) -> None:
-        rows.append((what, f"{published:g} {unit}", f"{planned:.3g} {unit}", f"{planned / published - 1:+.0%}"))
+        table.add(what, f"{published:g} {unit}", f"{planned:.3g} {unit}", f"{planned / published - 1:+.0%}")
 
     moe = Shape.of(json.loads((CONFIGS / "models" / "qwen3-30b-a3b.json").read_text()))
     dense = Shape.of(QWEN3_32B)
@@ -193,49 +198,36 @@ def checks(steps: int) -> None:
             ("update", shares[2], found.mean("update")),
         ):
             row(f"FAPO, {name}: share of {part_}", published, 100 * planned / whole, "%")
-    show(*rows)
 
 
-def judge(steps: int) -> None:
+def judge(steps: int, run: str | None = None) -> None:
     """The judge's overhead at 7B, 32B and 70B: where it sits, and levers."""
-    head = ("run", "judge", "lever", "GPUs", "judge", "learning", "publish", "switch", "overhead", "failed")
-    sizes = (("qwen2.5-math-7b", 32, 1100), ("qwen2.5-32b", 64, 2300), ("llama-3.3-70b", 128, 2300))
-    cases: list[tuple[str, str, list[str], dict[str, Any]]] = [
-        ("after", "", [], {}),
-        ("shared", "", [], {}),
-        ("slice", "", [], {}),
-        ("slice", "15 s", ["judge.step_deadline=15"], {}),
-        ("slice", "cascade", ["judge.cascade.clean_below=0.05"], {}),
-        ("slice", "cascade, 15 s", ["judge.cascade.clean_below=0.05", "judge.step_deadline=15"], {}),
-        ("slice", "verdicts of 1000 tokens", [], {"verdict_tokens": 1000.0}),
-        ("slice", "1000 tokens, cascade", ["judge.cascade.clean_below=0.05"], {"verdict_tokens": 1000.0}),
+    sizes = (("qwen2.5-32b", 64, 2300), ("llama-3.3-70b", 128, 2300), ("qwen2.5-math-7b", 32, 1100))
+    cascade, soon, brief = "judge.cascade.clean_below=0.05", "judge.step_deadline=15", {"verdict_tokens": 1000.0}
+    cases: list[tuple[str, Placement, JudgePlace, list[str], dict[str, Any]]] = [
+        ("after the last rollout, on all GPUs", "colocated", "after", [], {}),
+        ("beside every policy server", "colocated", "shared", [], {}),
+        ("on a slice", "colocated", "slice", [], {}),
+        ("on a slice; 15 s", "colocated", "slice", [soon], {}),
+        ("on a slice; cascade, 15 s", "colocated", "slice", [cascade, soon], {}),
+        ("on a slice; 1000 tokens", "colocated", "slice", [], brief),
+        ("on a slice; 1000 tokens, 15 s", "colocated", "slice", [soon], brief),
+        ("on a slice; ranks apart, twice the GPUs", "split", "slice", [], {}),
     ]
-    rows: list[Sequence[object]] = [head]
+    table = Table("run", "GPUs", "judge", "judge", "learning", "publish", "switch", "overhead", "failed")
     for name, gpus, mean in sizes:
-        for place, lever, overrides, changes in cases:
+        if run not in (None, name):
+            continue
+        for words, placement, place, overrides, changes in cases:
             config = read_config(CONFIGS / f"{name}.yaml", ["judge.step_deadline=null", *overrides])
-            made = deployment(config, H100, gpus=gpus, judge_place=place)  # type: ignore[arg-type]
-            rows.append(
-                (
-                    name,
-                    place,
-                    lever or "none",
-                    gpus,
-                    *_costs(simulate(config, made, replace(ASSUMED, **changes), steps=steps, mean=mean)),
-                )
-            )
-        config = read_config(CONFIGS / f"{name}.yaml", ["judge.step_deadline=null"])
-        made = deployment(config, H100, gpus=2 * gpus, placement="split")
-        rows.append(
-            (
-                name,
-                "slice, ranks apart",
-                "none",
-                2 * gpus,
-                *_costs(simulate(config, made, ASSUMED, steps=steps, mean=mean)),
-            )
-        )
-    show(*rows)
+            on = 2 * gpus if placement == "split" else gpus
+            made = deployment(config, H100, gpus=on, placement=placement, judge_place=place)
+            try:
+                found = simulate(config, made, replace(ASSUMED, **changes), steps=steps, mean=mean)
+            except JudgeError as error:
+                table.add(name, on, words, "the run stops:", str(error).partition(",")[0], "", "", "", "")
+            else:
+                table.add(name, on, words, *_costs(found))
 
 
 def _costs(found: Simulation) -> tuple[str, ...]:
@@ -244,39 +236,39 @@ def _costs(found: Simulation) -> tuple[str, ...]:
 
 
 def sensitivity(steps: int) -> None:
-    """Seconds of a step and overhead of the 32B run when one assumption is 20 % less or more."""
+    """Seconds of a step and overhead of the 32B run, not simulated, when one assumption is 20 % less or more.
+
+    Overhead is then what is left of it if verdicts hide behind generation as long as that takes.
+    """
     config = read_config(CONFIGS / "qwen2.5-32b.yaml")
     made = deployment(config, H100)
 
     def found(assume: Assumptions) -> tuple[float, float]:
-        one = simulate(config, made, assume, steps=steps)
-        return one.mean("seconds"), one.overhead
+        step = estimate(config, made, assume)
+        plain = estimate(config, made.without_judge(), assume)
+        return step.seconds, step.seconds / (plain.generate.seconds + plain.update.seconds) - 1
 
     seconds, overhead = found(ASSUMED)
-    rows: list[Sequence[object]] = [
-        ("assumption", "value", "step at -20 %", "at +20 %", "overhead at -20 %", "at +20 %"),
-        ("as they are", "", f"{seconds:.0f} s", f"{seconds:.0f} s", f"{overhead:.1%}", f"{overhead:.1%}"),
-    ]
+    table = Table("assumption", "value", "step at -20 %", "at +20 %", "overhead at -20 %", "at +20 %")
+    table.add("as they are", "", *[f"{seconds:.0f} s"] * 2, *[f"{overhead:.1%}"] * 2)
     for name in Assumptions.names():
+        if name in ("communicators", "communicators_moe", "context"):
+            continue  # bytes, which take no time
         low, high = found(ASSUMED.scaled(name, 0.8)), found(ASSUMED.scaled(name, 1.2))
-        rows.append(
-            (
-                f"`{name}`",
-                f"{getattr(ASSUMED, name):g}",
-                *(f"{one[0] / seconds - 1:+.1%}" for one in (low, high)),
-                *(f"{one[1]:.1%}" for one in (low, high)),
-            )
+        table.add(
+            f"`{name}`",
+            f"{getattr(ASSUMED, name):g}",
+            *(f"{one[0] / seconds - 1:+.1%}" for one in (low, high)),
+            *(f"{one[1]:.1%}" for one in (low, high)),
         )
-    show(*rows)
 
 
 def assumptions(steps: int) -> None:
     """All of them, with their sources."""
-    rows: list[Sequence[object]] = [("name", "value", "unit", "what", "source")]
+    table = Table("name", "value", "unit", "what", "source")
     for name in Assumptions.names():
         about = Assumptions.about(name)
-        rows.append((f"`{name}`", f"{getattr(ASSUMED, name):g}", about["unit"], about["about"], about["source"]))
-    show(*rows)
+        table.add(f"`{name}`", f"{getattr(ASSUMED, name):g}", about["unit"], about["about"], about["source"])
 
 
 TABLES: dict[str, Callable[[int], None]] = {
@@ -287,5 +279,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--steps", type=int, default=2, help="steps of each simulation")
+    parser.add_argument("--run", help="for judge: this run alone, such as llama-3.3-70b")
     arguments = parser.parse_args()
-    TABLES[arguments.table](arguments.steps)
+    if arguments.table == "judge":
+        judge(arguments.steps, arguments.run)
+    else:
+        TABLES[arguments.table](arguments.steps)
