@@ -81,7 +81,12 @@ class ClusterSettings(Settings):
     setup_deadline: Annotated[float, Field(gt=0)] = 600.0
     """Seconds for all ranks to load the model."""
     phase_deadline: Annotated[float, Field(gt=0)] = 3600.0
-    """Seconds for one update, export or checkpoint of all ranks; past it the run stops and names the silent ranks."""
+    """Seconds for one update, export or checkpoint of all ranks; past it the silent ranks are named and lost."""
+    rank_deadline: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds within which each rank shows a sign of life, whatever it is doing; one that does not is frozen."""
+    recoveries: Annotated[int, Field(ge=0)] = 3
+    """When a rank is lost, all are started again from the last checkpoint, the servers kept: this many times in a row
+    from the same checkpoint. 0 ends the run by name."""
 
     @property
     def training_nodes(self) -> int:

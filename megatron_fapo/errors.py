@@ -11,7 +11,8 @@
     ├── WeightsError           the weights on a server are not the ones that were published
     ├── MemoryHeld             between two phases, memory of a shared device was not given back or not taken again
     ├── PolicyError            a Megatron rank failed: which rank, which phase
-    │   └── Diverged               a loss or a gradient norm is not finite
+    │   ├── Diverged               a loss or a gradient norm is not finite
+    │   └── RankLost               its process died or froze; the run goes on from its last checkpoint
     └── ResumeError            a run folder cannot be continued
         └── CheckpointDamaged      a file of a checkpoint is missing, half written or changed; an earlier one may serve
 
@@ -70,6 +71,10 @@ class PolicyError(FapoError):
 
 class Diverged(PolicyError):
     """A loss or a gradient norm is not finite."""
+
+
+class RankLost(PolicyError):
+    """A rank's process died, is frozen, or waits for another that does not come."""
 
 
 class ResumeError(FapoError):

@@ -408,6 +408,18 @@ AuditCounts = tuple[tuple[int, int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """That ranks were lost and started again."""
+
+    count: int
+    """Times so far, since this process started."""
+    steps: int
+    """Steps made again so far."""
+    seconds: float
+    """From the loss to ranks that hold the checkpoint, the last time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
     """Where a run stands between two steps; beside the model's checkpoint it is all that resume needs."""
 

@@ -9,6 +9,7 @@ from megatron_fapo.algorithm.rewards import rewards
 from megatron_fapo.batch.pack import make_batch
 from megatron_fapo.cluster.cluster import Cluster
 from megatron_fapo.config import Config
+from megatron_fapo.errors import RankLost
 from megatron_fapo.evaluate.held_out import evaluate
 from megatron_fapo.observe.sinks import Sinks
 from megatron_fapo.records import RunState, WeightVersion
@@ -51,6 +52,23 @@ async def train(config: Config, cluster: Cluster, state: RunState, sinks: Sinks)
     if saved != state.step:
         await cluster.save(state)
     return state
+
+
+async def train_to_the_end(config: Config, cluster: Cluster, state: RunState, sinks: Sinks) -> RunState:
+    """`train`, taken up again from the last checkpoint whenever a rank is lost; then the policy for Hugging Face.
+
+    Raises the loss once there were too many (`cluster.recoveries`).
+    """
+    while True:
+        try:
+            state = await train(config, cluster, state, sinks)
+            await cluster.saves.finish()
+            if state.step == config.train.steps and config.checkpoint.export_hf:
+                await cluster.save_hf(cluster.folder.model)
+            return state
+        except RankLost as loss:
+            state, recovered = await cluster.recover(loss)
+            sinks.rewind(state.step, recovered)
 
 
 async def publish_and_evaluate(

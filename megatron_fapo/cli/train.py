@@ -1,7 +1,6 @@
 """`fapo train`: run the loop."""
 
 import asyncio
-import logging
 import os
 import signal
 from dataclasses import replace
@@ -12,13 +11,11 @@ import typer
 
 from megatron_fapo.cli.arguments import ConfigPath, Overrides
 from megatron_fapo.config import Config, check_surroundings, dump_config, lacking, read_config
-from megatron_fapo.errors import CheckpointDamaged, ConfigError, ResumeError
+from megatron_fapo.errors import ConfigError, ResumeError
 from megatron_fapo.records import RunState
 from megatron_fapo.refresh import train_with_refreshes
 from megatron_fapo.run.folder import RunFolder
 from megatron_fapo.settings import flatten
-
-log = logging.getLogger(__name__)
 
 STOPPED = os.EX_TEMPFAIL
 """Exit status of a run that was asked to stop before its last step; its checkpoint is written."""
@@ -92,45 +89,30 @@ async def run_training(
     config: Config, folder: RunFolder, *, resume: bool, of: Config | None = None, new_judge: bool = False
 ) -> RunState:
     """One run from start (or its newest whole checkpoint) to its end; returns where it ended. `of` and `new_judge`: as
-    `refresh.Trainer`.
-
-    A checkpoint that the ranks find damaged is named in a warning, and the one before it is taken.
-    """
-    folder.create()
-    checkpoints = folder.resumable() if resume else []
-    for checkpoint in checkpoints[:-1]:
-        try:
-            return await _run_from(checkpoint, config, folder, of or config, new_judge)
-        except CheckpointDamaged as damage:
-            log.warning("%s; going on from the checkpoint before it", damage)
-    return await _run_from(checkpoints[-1] if checkpoints else None, config, folder, of or config, new_judge)
-
-
-async def _run_from(
-    checkpoint: tuple[Path, RunState] | None, config: Config, folder: RunFolder, of: Config, new_judge: bool
-) -> RunState:
+    `refresh.Trainer`."""
     from megatron_fapo.cluster.cluster import open_cluster
     from megatron_fapo.cluster.serve_roles import Watcher
     from megatron_fapo.observe.model_card import write_card
     from megatron_fapo.observe.sinks import open_sinks
-    from megatron_fapo.train import train
+    from megatron_fapo.train import train_to_the_end
 
-    state = checkpoint[1] if checkpoint else RunState(step=0, cursor=0)
-    if new_judge:
-        state = replace(state, audit=())
-    folder.config.write_text(dump_config(of))
-    dumped = of.model_dump(mode="json")
-    with open_sinks(config.observe, folder.path, config=dumped, resume_step=state.step) as sinks:
+    folder.create()
+    checkpoints = folder.resumable() if resume else []
+    newest = checkpoints[0][1] if checkpoints else RunState(step=0, cursor=0)
+    folder.config.write_text(dump_config(of or config))
+    dumped = (of or config).model_dump(mode="json")
+    with open_sinks(config.observe, folder.path, config=dumped, resume_step=newest.step) as sinks:
         watcher = Watcher(landed=sinks.progress, judged=sinks.judged, retried=sinks.retried, restarted=sinks.restarted)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         async with open_cluster(config, folder, watcher, stop) as cluster:
-            if checkpoint:
-                await cluster.load(checkpoint[0])
-            state = await train(config, cluster, state, sinks)
-            if state.step == config.train.steps and config.checkpoint.export_hf:
-                await cluster.save_hf(folder.model)
+            state = await cluster.recovery.restore(cluster) if resume else newest
+            if state != newest:  # it was damaged
+                sinks.rewind(state.step)
+            if new_judge:
+                state = replace(state, audit=())
+            state = await train_to_the_end(config, cluster, state, sinks)
     if state.step == config.train.steps and config.checkpoint.export_hf:
         write_card(folder.path, folder.model)
     return state

@@ -16,15 +16,17 @@ from typing import TypeVar
 
 from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.cluster.hosts import open_hosts
+from megatron_fapo.cluster.model import MegatronModel
 from megatron_fapo.cluster.phases import Phases
 from megatron_fapo.cluster.publishing import PolicyWeights
-from megatron_fapo.cluster.ranks import MegatronModel
 from megatron_fapo.cluster.ray_session import ray_session
+from megatron_fapo.cluster.recovery import Recovery
 from megatron_fapo.cluster.saves import Saves, open_saves
 from megatron_fapo.cluster.serve_roles import Watcher, make_evaluator, make_sampler, open_servers, open_task
 from megatron_fapo.config import Config
+from megatron_fapo.errors import RankLost
 from megatron_fapo.publish.publisher import SharedMemory
-from megatron_fapo.records import Role, RunState, StepBatch, StepReport, WeightVersion
+from megatron_fapo.records import Recovered, Role, RunState, StepBatch, StepReport, WeightVersion
 from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.run.folder import RunFolder
 from megatron_fapo.serving.group import ServerGroup
@@ -45,7 +47,9 @@ class Cluster:
     """Samples as held-out evaluation does."""
     task: Task
     weights: PolicyWeights
+    folder: RunFolder
     saves: Saves
+    recovery: Recovery
     stop: asyncio.Event
     """Set when the run is asked to end (SIGTERM, Ctrl-C)."""
     phases: Phases | None = None
@@ -58,6 +62,7 @@ class Cluster:
 
     async def publish(self, version: int) -> WeightVersion:
         """The policy's present weights to its servers, confirmed by checksum. Start, resume and each step alike."""
+        self.policy.ranks.step = version
         await self._enter("publish")
         weights = await self.weights.publish(version)
         await self._enter("generate")
@@ -67,6 +72,15 @@ class Cluster:
         """All optimizer steps of one step."""
         await self._enter("train")
         return await self.weights.update(batch, loss)
+
+    async def respawn(self) -> None:
+        """Start the ranks again, with the weights that training began from; the servers stay."""
+        if self.phases is not None:
+            await self.phases.make_way()
+        self.weights.forget()
+        await self.policy.respawn()
+        if self.phases is not None:
+            await self.phases.make_room()
 
     async def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint. Raises CheckpointDamaged naming the file."""
@@ -81,6 +95,7 @@ class Cluster:
     async def save(self, state: RunState) -> int:
         """A checkpoint of everything that resume needs, on disk soon or at the end of the run; returns its step."""
         await self._enter("train")
+        self.policy.ranks.phase = "save"
         await self.saves.start(state)
         return state.step
 
@@ -89,20 +104,32 @@ class Cluster:
         return [] if self.phases is None else self.phases.switches()
 
     async def _enter(self, phase: Phase) -> None:
+        self.policy.ranks.phase = phase
         if self.phases is not None:
             await self.phases.enter(phase)
 
+    async def recover(self, loss: RankLost) -> tuple[RunState, Recovered]:
+        """All ranks anew from the last checkpoint; the state to go on from. Raises `loss` once that is too often."""
+        await self.saves.settle()
+        return await self.recovery.after(self, loss, self.policy.ranks.step or 0)
+
     async def until_stopped(self, work: Awaitable[T]) -> T | None:
-        """The result of `work`, or None when the run was asked to stop first; then `work` is cancelled."""
+        """The result of `work`, or None when the run was asked to stop first; then `work` is cancelled.
+
+        So it is when a rank is lost meanwhile, and the loss is raised.
+        """
         task = asyncio.ensure_future(work)
         stopping = asyncio.ensure_future(self.stop.wait())
+        losing = asyncio.ensure_future(self.policy.ranks.lost())
         try:
-            await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, stopping, losing}, return_when=asyncio.FIRST_COMPLETED)
+            if losing.done():
+                losing.result()
             return task.result() if task.done() else None
         finally:
-            task.cancel()
-            stopping.cancel()
-            await asyncio.gather(task, stopping, return_exceptions=True)
+            for future in (task, stopping, losing):
+                future.cancel()
+            await asyncio.gather(task, stopping, losing, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -137,7 +164,9 @@ async def open_cluster(
             evaluator=make_evaluator(config, task, servers),
             task=task,
             weights=PolicyWeights(model, servers["policy"], transport, at_any_time=phases is None),
+            folder=folder,
             saves=saves,
+            recovery=Recovery(folder, config.cluster.recoveries),
             stop=stop,
             phases=phases,
         )
@@ -145,7 +174,7 @@ async def open_cluster(
 
 async def _start_model(config: Config, folder: RunFolder, stack: AsyncExitStack) -> MegatronModel:
     await stack.enter_async_context(ray_session(config.cluster, config.policy.parallel.world, folder.path))
-    model = await MegatronModel.start("policy", config.policy, config.cluster, config.train.seed)
+    model = await MegatronModel.start("policy", config.policy, config.cluster, config.train.seed, folder.logs)
     stack.callback(model.stop)
     return model
 

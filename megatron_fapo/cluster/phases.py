@@ -97,6 +97,13 @@ class Phases:
         await self._ranks.offload(KINDS)
         _refuse_held(_by_rank(await self._ranks.resident()), (), "start")
 
+    async def make_way(self) -> None:
+        """Let the servers hold nothing, so that ranks can start on their devices."""
+        async with self._turn:
+            self._serving.clear()
+            await asyncio.gather(*(memory.give(TAGS) for _, memory in self._each()))
+            self.phase = None
+
     async def attach(self, groups: Mapping[Role, ServerGroup]) -> None:
         """Take charge of servers that have just started, and remember which weights the judge has."""
         self._groups = dict(groups)

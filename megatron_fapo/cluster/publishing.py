@@ -4,8 +4,8 @@ import asyncio
 import logging
 
 from megatron_fapo.algorithm.settings import LossSettings
-from megatron_fapo.cluster.ranks import MegatronModel
-from megatron_fapo.errors import ServerUnreachable
+from megatron_fapo.cluster.model import MegatronModel
+from megatron_fapo.errors import RankLost, ServerUnreachable
 from megatron_fapo.publish.publisher import WeightTransport, publish
 from megatron_fapo.records import StepBatch, StepReport, WeightVersion
 from megatron_fapo.serving.client import ServerClient
@@ -60,9 +60,17 @@ class PolicyWeights:
             published = self._published
             if published is None or self._servers.may_ask(server):  # in the second case a publication was faster
                 return published is not None
-            held = await publish(self._model, [server], self._transport, published.step)
+            try:
+                held = await publish(self._model, [server], self._transport, published.step)
+            except RankLost as loss:  # the run says so itself, and publishes what the ranks hold when they are back
+                log.warning("%s has no weights yet: %s", server.url, loss)
+                return False
             log.warning("%s holds version %d again, checksum %s", server.url, held.step, held.checksum)
             return held.checksum == published.checksum
+
+    def forget(self) -> None:
+        """The ranks are started again: what they hold is nobody's until it is published."""
+        self._published = None
 
     async def update(self, batch: StepBatch, loss: LossSettings) -> StepReport:
         """The step's updates on the ranks, whose weights are from here on nobody's until they are published."""

@@ -1,9 +1,18 @@
 """The class that Ray makes actors of; its module imports little, so that an actor starts fast."""
 
 import logging
+import re
 from typing import Any
 
+from megatron_fapo.errors import RankLost
+
 log = logging.getLogger(__name__)
+
+ALIVE = "alive"
+"""Ray's concurrency group, a thread of its own, of the question whether the process is alive."""
+
+PEER = re.compile(r"gloo/transport|ncclRemoteError|ncclSystemError|NCCL.*(timed? ?out|watchdog)|Watchdog caught")
+"""What a collective says when another rank has left it or does not come."""
 
 
 class RankActor:
@@ -21,9 +30,17 @@ class RankActor:
         return self._name
 
     def call(self, verb: str, *arguments: Any) -> Any:
-        """Run a method of the rank; an error goes to this rank's log as well."""
+        """Run a method of the rank; an error goes to this rank's log as well.
+
+        Raises RankLost when a collective failed because of another rank.
+        """
         try:
             return getattr(self._rank, verb)(*arguments)
-        except Exception:
+        except Exception as error:
             log.exception("%s failed", verb)
+            if PEER.search(str(error)):
+                raise RankLost(f"a collective failed: {' '.join(str(error).split())}") from error
             raise
+
+    def alive(self) -> None:
+        """Answer, whatever `call` is doing: it is asked in the group `ALIVE`."""

@@ -59,6 +59,13 @@ class Saves:
         if running is not None:
             await running
 
+    async def settle(self) -> None:
+        """Wait for the save that runs, if any, after its ranks were lost: it fails at once, or needs them no more."""
+        try:
+            await self.finish()
+        except Exception:
+            log.warning("the running checkpoint was not completed", exc_info=True)
+
     async def _complete(self, state: RunState, started: float) -> None:
         while not await self._model.save_written():
             waited = time.perf_counter() - started
@@ -78,9 +85,6 @@ async def open_saves(model: Savable, folder: RunFolder, settings: CheckpointSett
     try:
         yield saves
     except BaseException:
-        try:
-            await saves.finish()
-        except Exception:
-            log.warning("the running checkpoint was not completed", exc_info=True)
+        await saves.settle()
         raise
     await saves.finish()

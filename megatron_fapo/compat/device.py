@@ -20,8 +20,17 @@ def _the_only_one(rank: int) -> None:
     """There is one CPU device."""
 
 
+FLIGHT_RECORDER = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""Collectives remembered by each rank. TORCH_NCCL_DEBUG_INFO_TEMP_FILE, to which the rank is added, says where."""
+
+
 def _claim_gpu(rank: int) -> None:
-    """torchrun says which GPU; Ray shows each rank one; plain processes see all and take them in turn."""
+    """torchrun says which GPU; Ray shows each rank one; plain processes see all and take them in turn.
+
+    NCCL's flight recorder keeps the last collectives and writes them to a file when one times out.
+    """
+    for name, value in FLIGHT_RECORDER.items():
+        os.environ.setdefault(name, value)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
 
 

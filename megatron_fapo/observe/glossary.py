@@ -173,7 +173,13 @@ METRICS: tuple[Metric, ...] = (
         for phase, owner, whose in OWNERS
     ),
     *_plain(
+        "count",
+        recover__count="Times that a training rank was lost and all were started again; left out while there was none.",
+        recover__steps="Steps made again because of that, so far.",
+    ),
+    *_plain(
         "seconds",
+        time__recover="From the loss of a rank to ranks that hold the last checkpoint, in the first step after it.",
         time__publish="Moving the weights to the servers and confirming them.",
         time__evaluate="Held-out evaluation.",
         time__generate="Generation, with the checks and verdicts that run beside it.",

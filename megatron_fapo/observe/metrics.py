@@ -19,6 +19,7 @@ from megatron_fapo.records import (
     JudgeAudit,
     Judged,
     NotJudged,
+    Recovered,
     StepReport,
     Verdict,
     WeightVersion,
@@ -101,6 +102,17 @@ def switch_metrics(switches: Sequence[Switch]) -> Metrics:
         return {}
     held = {f"memory/{s.phase}/{owner}": float(size) for s in switches for owner, size in s.resident.items() if size}
     return declared({**held, "time/switch": math.fsum(switch.seconds for switch in switches)})
+
+
+def recovery_metrics(recovered: Recovered) -> Metrics:
+    """That ranks were lost, in every step from then on; how long it took, in the first."""
+    return declared(
+        {
+            "recover/count": float(recovered.count),
+            "recover/steps": float(recovered.steps),
+            "time/recover": recovered.seconds,
+        }
+    )
 
 
 def declared(metrics: Metrics) -> Metrics:

@@ -3,12 +3,11 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,10 @@ from megatron_fapo.observe.metrics import (
     declared,
     evaluation_metrics,
     mfu,
+    recovery_metrics,
     step_metrics,
     switch_metrics,
+    without_time,
 )
 from megatron_fapo.observe.rollouts import RolloutsSink
 from megatron_fapo.observe.run_info import FAILURE, RunInfo, open_run_info
@@ -31,7 +32,7 @@ from megatron_fapo.observe.settings import ObserveSettings
 from megatron_fapo.observe.tensorboard import TensorBoardSink
 from megatron_fapo.observe.timeline import TimelineSink, merged
 from megatron_fapo.observe.wandb import WandbSink
-from megatron_fapo.records import Evaluation, Floats, Group, JudgeAudit, StepReport, WeightVersion
+from megatron_fapo.records import Evaluation, Floats, Group, JudgeAudit, Recovered, StepReport, WeightVersion
 from megatron_fapo.trace import Clock, Span, Spans, Switch, SystemClock
 
 log = logging.getLogger(__name__)
@@ -51,16 +52,15 @@ class Sinks:
 
     def __init__(
         self,
-        sinks: Sequence[Sink],
-        console: ConsoleSink,
+        opened: "Opened",
         info: RunInfo,
+        reopen: "Reopen",
         clock: Clock | None = None,
         speed: "Speed | None" = None,
     ) -> None:
-        self._sinks = (*sinks, console)
+        self._sinks, self._console = opened
+        self._info, self._reopen = info, reopen
         self._speed = speed
-        self._console = console
-        self._info = info
         self._clock = clock or SystemClock()
         self._epoch = time.time() - self._clock.now()
         self._landed = 0
@@ -69,6 +69,13 @@ class Sinks:
         self._faults = dict.fromkeys(("servers/retries", "servers/restarts"), 0.0)
         self._step_began: float | None = None
         self._evaluation: tuple[int, Metrics] | None = None
+        self._recovered: Metrics = {}
+
+    def rewind(self, step: int, recovered: Recovered | None = None) -> None:
+        """Forget what was recorded of `step` and later steps: the run goes on from there, perhaps having lost ranks."""
+        self._sinks, self._console = self._reopen(step)
+        self._judging, self._step_began, self._evaluation = [], None, None
+        self._recovered = self._recovered if recovered is None else recovery_metrics(recovered)
 
     @contextmanager
     def phase(self, name: str, spans: Spans) -> Iterator[None]:
@@ -131,7 +138,8 @@ class Sinks:
         metrics = step_metrics(
             groups=groups, rewards=rewards, report=report, weights=weights, spans=spans, advantages=by_id
         )
-        metrics |= audit_metrics(audit) | switch_metrics(switches) | declared(self._faults)
+        metrics |= audit_metrics(audit) | switch_metrics(switches) | declared(self._faults) | self._recovered
+        self._recovered = without_time(self._recovered)
         self._faults = dict.fromkeys(self._faults, 0.0)
         if self._speed is not None:
             metrics |= mfu(groups, report, self._speed.flops, self._speed.peak)
@@ -166,8 +174,15 @@ class Sinks:
         return waiting[1] if waiting and waiting[0] == step else {}
 
     def _pass_on(self, record: StepRecord) -> None:
-        for sink in self._sinks:
+        for sink in (*self._sinks, self._console):
             sink.write(record)
+
+
+Opened = tuple[Sequence[Sink], ConsoleSink]
+"""Sinks, and the console, which comes last."""
+
+Reopen = Callable[[int], Opened]
+"""Close the sinks of a run and open them again at a step."""
 
 
 def _mean(advantages: Floats | None) -> float:
@@ -193,15 +208,22 @@ def open_sinks(
     """
     info = open_run_info(folder, config)
     (folder / FAILURE).unlink(missing_ok=True)
-    with ExitStack() as stack:
-        stack.push(partial(_note_failure, folder))
-        sinks = []
-        for sink in chain(_file_sinks(settings, folder, info, config, resume_step), extra):
-            stack.callback(sink.close)
-            sinks.append(sink)
-        console = open_console(settings.console, info, first_step=resume_step)
-        stack.callback(console.close)
-        together = Sinks(sinks, console, info, clock, _speed(settings, config))
+    with ExitStack() as last, ExitStack() as stack:
+        last.push(partial(_note_failure, folder))
+        for sink in extra:
+            last.callback(sink.close)
+
+        def open_at(step: int) -> Opened:
+            stack.close()
+            sinks = []
+            for sink in _file_sinks(settings, folder, info, config, step):
+                stack.callback(sink.close)
+                sinks.append(sink)
+            console = open_console(settings.console, info, first_step=step)
+            stack.callback(console.close)
+            return (*sinks, *extra), console
+
+        together = Sinks(open_at(resume_step), info, open_at, clock, _speed(settings, config))
         yield together
         together.finish()
     if settings.report:

@@ -68,7 +68,7 @@ def connect(rank: int, address: str, port: int, settings: PolicySettings, device
         timeout=timedelta(seconds=settings.timeout),
     )
     with device.active():
-        make_groups(parallel)
+        make_groups(parallel, settings.timeout)
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
     return Layout(
@@ -93,8 +93,8 @@ def _packed(settings: PolicySettings, device: Device) -> bool:
     return fused if settings.sequences == "auto" else settings.sequences == "packed"
 
 
-def make_groups(parallel: ParallelSettings) -> None:
-    """Megatron's process groups, from the default group of torch.distributed."""
+def make_groups(parallel: ParallelSettings, timeout: float = 600.0) -> None:
+    """Megatron's process groups, from the default group of torch.distributed, whose timeout they do not inherit."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -103,6 +103,7 @@ def make_groups(parallel: ParallelSettings) -> None:
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout / 60,
     )
 
 

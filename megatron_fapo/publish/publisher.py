@@ -56,15 +56,20 @@ class SharedMemory:
         """Fill one segment while the receivers read the other."""
         sent: list[Bucket] = []
         loading: asyncio.Future[list[None]] | None = None
-        while True:
-            segment = self._segments[len(sent) % 2]
-            bucket = await exporter.next_bucket(str(segment), self._nbytes)
-            if loading is not None:
-                await loading
-            if bucket is None:
-                return sent
-            sent.append(bucket)
-            loading = asyncio.ensure_future(settled([receiver.load_bucket(bucket) for receiver in receivers]))
+        try:
+            while True:
+                segment = self._segments[len(sent) % 2]
+                bucket = await exporter.next_bucket(str(segment), self._nbytes)
+                if loading is not None:
+                    await loading
+                if bucket is None:
+                    return sent
+                sent.append(bucket)
+                loading = asyncio.ensure_future(settled([receiver.load_bucket(bucket) for receiver in receivers]))
+        except BaseException:
+            if loading is not None:  # the next update writes where they still read
+                await asyncio.gather(loading, return_exceptions=True)
+            raise
 
     def close(self) -> None:
         """Unlink both segments."""

@@ -16,14 +16,15 @@ import pytest
 import pytest_asyncio
 from safetensors.numpy import load_file, save_file
 
-from megatron_fapo.cluster.ranks import MegatronModel
+from megatron_fapo.cluster.model import MegatronModel
+from megatron_fapo.cluster.ranks import Ranks
 from megatron_fapo.cluster.ray_session import private_path, ray_session
 from megatron_fapo.config import ClusterSettings
-from megatron_fapo.errors import ConfigError, Diverged, PolicyError
+from megatron_fapo.errors import ConfigError, Diverged, PolicyError, RankLost
 from tests.policy.lives import LOSS, policy_settings, save_tiny, step_batch
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-CLUSTER = ClusterSettings(setup_deadline=120, phase_deadline=60)
+CLUSTER = ClusterSettings(setup_deadline=120, phase_deadline=60, rank_deadline=8)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +49,30 @@ def process_of(rank: int) -> psutil.Process:
     raise AssertionError(f"no rank {rank}")
 
 
-async def test_the_rank_that_died_is_named_and_not_the_peer_that_lost_it(session: Path, model: Path) -> None:
-    ranks = await MegatronModel.start("policy", policy_settings(model, data=2), CLUSTER, 0)
+async def test_a_rank_that_freezes_or_dies_is_named_and_not_the_peer_that_waits_for_it(
+    session: Path, model: Path
+) -> None:
+    """Frozen in the middle of an update, gloo's own timeout coming first, then dead in the middle of another."""
+    settings = policy_settings(model, data=2).changed(timeout=2)
+    ranks = await MegatronModel.start("policy", settings, CLUSTER, 0)
+    ranks.ranks.step = 7
+    process_of(1).suspend()
+    frozen = r"the rank's process is frozen: no sign of life for 8 s .*role policy, rank 1, .*phase train, step 7"
+    with pytest.raises(RankLost, match=frozen) as caught:
+        await asyncio.wait_for(ranks.update(step_batch(0, ranks.layout), LOSS), 20)
+    assert "Timed out waiting 2000ms" in "".join(getattr(caught.value, "__notes__", []))
+    await ranks.respawn()
     victim = process_of(1)
     victim.suspend()  # so that rank 0 is in the middle of the update, waiting
     update = asyncio.ensure_future(ranks.update(step_batch(0, ranks.layout), LOSS))
-    await asyncio.sleep(1)
+    await asyncio.sleep(0.5)
     assert not update.done()
     victim.send_signal(signal.SIGKILL)
-    with pytest.raises(PolicyError, match=r"the rank's process died: .*role policy, rank 1, verb update"):
+    with pytest.raises(RankLost, match=r"the rank's process died: .*role policy, rank 1, verb update, phase train"):
         await update
+    with pytest.raises(RankLost, match="the rank's process died"):
+        await ranks.save_written()
+    ranks.stop()
 
 
 async def fail(first: str, second: str) -> None:
@@ -77,14 +92,14 @@ async def fail(first: str, second: str) -> None:
     actors = [ray.remote(Rank).remote() for _ in range(2)]
     await asyncio.gather(*(actor.ready.remote() for actor in actors))
     calls = [actors[0].call.remote("update", first, 0), actors[1].call.remote("update", second, 0.3)]
-    await MegatronModel("policy", actors, 30)._gather("update", calls)
+    await Ranks("policy", actors, 30).gather("update", calls)
 
 
 @pytest.mark.parametrize(
     ("first", "second", "kind", "said"),
     [
-        ("loses its peer", "dies", PolicyError, "the rank's process died: .*rank 1"),
-        ("diverges", "dies", PolicyError, "the rank's process died: .*rank 1"),
+        ("loses its peer", "dies", RankLost, "the rank's process died: .*rank 1"),
+        ("diverges", "dies", RankLost, "the rank's process died: .*rank 1"),
         ("loses its peer", "diverges", Diverged, "the loss is nan"),
         ("diverges", "loses its peer", Diverged, "the loss is nan"),
     ],
@@ -122,7 +137,9 @@ async def test_a_rank_that_is_ended_with_its_peer_says_nothing(session: Path, ca
 async def test_a_foreign_error_becomes_one_line_with_its_place(session: Path) -> None:
     with pytest.raises(PolicyError) as caught:
         await fail("loses its peer", "loses its peer")
-    assert str(caught.value) == "RuntimeError: Connection closed by peer (role policy, rank 0, verb update)"
+    assert (
+        str(caught.value) == "RuntimeError: Connection closed by peer (role policy, rank 0, verb update, phase train)"
+    )
     assert "in call" in caught.value.__notes__[0]
 
 

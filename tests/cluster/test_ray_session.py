@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fapo.cluster.ranks import MegatronModel
+from megatron_fapo.cluster.model import MegatronModel
 from megatron_fapo.cluster.ray_session import keep_logs, private_folder, private_path, ray_session
 from megatron_fapo.config import ClusterSettings
 from megatron_fapo.errors import ConfigError, DataError

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,19 +106,29 @@ def test_a_run_is_not_resumed_with_another_configuration(whole):
     assert "algorithm.reward.flaw_penalty was 1.0, is 0.5; train.seed was 1, is 2" in output
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("killed_after", [0, 2, 4], ids=["at the start", "before a checkpoint", "after one"])
-def test_a_killed_and_resumed_run_gives_the_same_metrics(whole, tmp_path, killed_after):
-    run = tmp_path / "killed"
-    process = start(run)
-    if killed_after:
-        wait_for_steps(run, killed_after, process)
-    else:
-        while not (run / "run.json").exists():
-            time.sleep(0.02)
+def kill_after(process: subprocess.Popen, condition) -> None:
+    """SIGKILL as soon as the condition holds."""
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finish(start(run, "--resume"))
+
+
+@pytest.mark.long
+def test_a_run_killed_again_and_again_gives_the_same_metrics(whole, tmp_path):
+    """At its start, before its first checkpoint, after it, and in the middle of another."""
+    run = tmp_path / "killed"
+    kill_after(start(run), (run / "run.json").exists)
+    kill_after(start(run, "--resume"), lambda: len(lines(run)) == 2)
+    kill_after(start(run, "checkpoint.every=1", "--resume"), lambda: len(lines(run)) == 2)
+    half = ".step-000003"
+    kill_after(start(run, "checkpoint.every=1", "--resume"), (run / "checkpoints" / half).exists)
+    latest = (run / "checkpoints" / "latest").resolve()
+    assert (latest / "manifest.json").exists()
+    assert latest.name < half.removeprefix(".")
+    finish(start(run, "checkpoint.every=1", "--resume"))
+    assert not list((run / "checkpoints").glob(".step-*"))
     assert len(list((run / "rollouts").glob("*.parquet"))) == 4
     assert timeless(run) == timeless(whole)
     assert not segments(run)
@@ -152,33 +163,13 @@ METHODS = {
 @pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_another_method_trains_and_resumes_as_if_never_stopped(tmp_path, method):
-    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
-    finish(start(undisturbed, *METHODS[method]))
-    process = start(run, *METHODS[method])
-    wait_for_steps(run, 3, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    finish(start(run, *METHODS[method], "--resume"))
-    assert timeless(run) == timeless(undisturbed)
+    run, resumed = tmp_path / "run", tmp_path / "resumed"
+    finish(start(run, *METHODS[method], "checkpoint.every=2"))
+    shutil.copytree(run, resumed, symlinks=True)
+    shutil.rmtree(resumed / "checkpoints" / "step-000004")
+    finish(start(resumed, *METHODS[method], "checkpoint.every=2", "--resume"))
+    assert timeless(resumed) == timeless(run)
     assert all(line["train/grad_norm_max"] > 0 for line in lines(run)[:-1])
-
-
-@pytest.mark.long
-def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(whole, tmp_path):
-    run = tmp_path / "killed"
-    process = start(run, "checkpoint.every=1")
-    wait_for_steps(run, 2, process)
-    while not (half := list((run / "checkpoints").glob(".step-*"))):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert half[0].exists()
-    latest = (run / "checkpoints" / "latest").resolve()
-    assert (latest / "manifest.json").exists()
-    assert latest.name < half[0].name.removeprefix(".")
-    finish(start(run, "checkpoint.every=1", "--resume"))
-    assert not list((run / "checkpoints").glob(".step-*"))
-    assert timeless(run) == timeless(whole)
 
 
 @pytest.mark.long
@@ -212,19 +203,19 @@ def test_two_ranks_start_from_the_same_rollouts_and_agree_with_the_engine(whole,
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_stopped_run_saves_a_checkpoint_and_ends_cleanly(whole, tmp_path, number):
+def test_a_stopped_run_saves_a_checkpoint_and_ends_cleanly(whole, tmp_path):
     run = tmp_path / "stopped"
     process = start(run, "checkpoint.every=0")
     wait_for_steps(run, 1, process)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # a terminal tells every process of the group
-    else:
-        process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     finish(process, status=STOPPED)
     done = len(lines(run))
-    assert 1 <= done < 4
+    assert 1 <= done < 3
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", f"step-{done:06d}"]
+    process = start(run, "checkpoint.every=0", "--resume")
+    wait_for_steps(run, done + 1, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C: every process of the group is told
+    finish(process, status=STOPPED)
     finish(start(run, "checkpoint.every=0", "--resume"))
     assert timeless(run) == timeless(whole)
 
@@ -242,9 +233,7 @@ def test_a_run_stopped_while_it_starts_ends_cleanly(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("victim", "message"), [("ray::RankActor", "rank 0"), ("policy-0.log", "server ended"), ("judge-0.log", "verdicts")]
-)
+@pytest.mark.parametrize(("victim", "message"), [("policy-0.log", "server ended"), ("judge-0.log", "verdicts")])
 def test_a_process_that_dies_ends_the_run_by_name(tmp_path, victim, message):
     run = tmp_path / "broken"
     stays = [f"servers.{role}.restarts=0" for role in ("policy", "judge")]
