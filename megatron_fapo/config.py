@@ -37,6 +37,9 @@ class TrainSettings(Settings):
     """Steps of the run."""
     seed: int = 1
     """Seeds prompts, rollouts, batch order and initial states; every rollout's seed follows from it and its id."""
+    max_lead: Annotated[int, Field(ge=0)] = 0
+    """Steps that generation may run ahead of training: no token is trained on that was drawn with weights more than
+    this many steps old (docs/asynchronous.md). 0 is on-policy."""
     deterministic: bool = False
     """Results independent of arrival and batch composition (CPU): two runs give the same metrics to the last digit."""
 
@@ -169,6 +172,7 @@ class Config(Settings):
             *self._server_problems(),
             *self._judge_problems(),
             self._batch_problem(),
+            *self._lead_problems(),
         )
         for problem in filter(None, problems):
             raise ValueError(problem)
@@ -226,6 +230,32 @@ class Config(Settings):
             problems.append(
                 "algorithm.reward.penalty = soft needs judge.votes > 1 or judge.probability = token: "
                 "with one vote p is 0 or 1, which is penalty hard"
+            )
+        return problems
+
+    def _lead_problems(self) -> list[str]:
+        lead, problems = f"train.max_lead = {self.train.max_lead}", []
+        if not self.train.max_lead:
+            return []
+        if self.policy.rescore == "never" or self.algorithm.loss.importance is None:
+            problems.append(
+                f"{lead} trains on tokens of older weights: the loss must correct for them, by "
+                "policy.rescore=when_stale (or always) and algorithm.loss.importance={} (truncated importance sampling)"
+            )
+        if self.train.deterministic:
+            problems.append(
+                f"{lead} with train.deterministic: the clock decides which token of an answer new weights reach, so "
+                "two runs cannot agree to the last digit"
+            )
+        if self.cluster.placement == "colocated":
+            problems.append(
+                f"{lead} with cluster.placement = colocated: ranks and servers that share devices take turns; set "
+                "placement = split"
+            )
+        if self.rollout.dynamic_sampling:
+            problems.append(
+                f"{lead} with rollout.dynamic_sampling = {self.rollout.dynamic_sampling}: how many prompts a step "
+                "takes is then known only when it ends, and the next step has begun by then"
             )
         return problems
 

@@ -19,34 +19,34 @@ from megatron_fapo.trace import Spans, SystemClock
 async def train(config: Config, cluster: Cluster, state: RunState, sinks: Sinks) -> RunState:
     """Train from `state` to the last step, or until the run is asked to stop; returns where it ended.
 
-    Waits for the servers (GENERATE, while the judge works beside it) and the ranks (TRAIN); is unblocked early by
-    `cluster.stop`, which ends generation at once and an update after it is done. A checkpoint is written then too.
+    Waits for the servers (GENERATE, while the judge works beside it) and the ranks (TRAIN), which `train.max_lead` lets
+    overlap; is unblocked early by `cluster.stop`, which ends generation at once and an update after it is done. A
+    checkpoint is written then too.
     """
-    algorithm, audit = config.algorithm, cluster.sampler.judge.audit
+    algorithm, audit, limit = config.algorithm, cluster.sampler.judge.audit, config.rollout.max_new_tokens
     if audit is not None:
         audit.restore(state.audit)
     saved = state.step
-    while state.step < config.train.steps and not cluster.stop.is_set():
-        spans = Spans(SystemClock())
-        weights = await publish_and_evaluate(config, cluster, state.step, sinks, spans)
-        rates = cluster.sampler.judge.rates
-        with sinks.phase("generate", spans):
-            groups = await cluster.until_stopped(cluster.sampler.collect(state.step, state.cursor))
-        if groups is None:
-            break
-        trained = cluster.sampler.trainable(groups)
-        limit = config.rollout.max_new_tokens
-        given = [rewards(group, algorithm, max_tokens=limit, rates=rates) for group in trained]
-        advantages = step_advantages(trained, given, algorithm, max_tokens=limit, rates=rates)
-        with sinks.phase("update", spans):
-            batch = make_batch(trained, advantages, cluster.policy.layout, config.batching, config.train.seed)
-            report = await cluster.update(batch, algorithm.loss)
-        found = None if audit is None else audit.found
-        switches = cluster.switches()
-        sinks.write(state.step, groups, trained, given, advantages, report, weights, spans, found, switches)
-        state = state.after(prompts=len(groups), audit=audit.counts if audit else ())
-        if config.checkpoint.due(state.step):
-            saved = await cluster.save(state)
+    async with cluster.ahead(config.train) as ahead:
+        while state.step < config.train.steps and not cluster.stop.is_set():
+            spans = Spans(SystemClock())
+            weights = await publish_and_evaluate(config, cluster, state.step, sinks, spans)
+            with sinks.phase("generate", spans):
+                drawn = await cluster.until_stopped(ahead.groups(state.step, state.cursor))
+            if drawn is None:
+                break
+            groups, trained, rates, old = drawn.groups, drawn.trainable, drawn.rates, drawn.too_old
+            given = [rewards(group, algorithm, max_tokens=limit, rates=rates) for group in trained]
+            advantages = step_advantages(trained, given, algorithm, max_tokens=limit, rates=rates)
+            with sinks.phase("update", spans):
+                batch = make_batch(trained, advantages, cluster.policy.layout, config.batching, config.train.seed)
+                report = await cluster.update(batch, algorithm.loss)
+            found = None if audit is None else audit.found
+            switches = cluster.switches()
+            sinks.write(state.step, groups, trained, given, advantages, report, weights, spans, found, switches, old)
+            state = state.after(prompts=len(groups), audit=audit.counts if audit else ())
+            if config.checkpoint.due(state.step):
+                saved = await cluster.save(state)
     if state.step == config.train.steps:
         await publish_and_evaluate(config, cluster, state.step, sinks, Spans(SystemClock()))
     if saved != state.step:

@@ -57,6 +57,7 @@ def test_inherits_takes_the_other_file_first(tmp_path):
         ("rollout.group_size=1", "group_size = 1: a group advantage needs at least 2"),
         ("train.steps", "write it as section.key=value"),
         ("train.steps.more=1", "'steps' is a value, not a section"),
+        ("train.max_lead=1", r"train.max_lead = 1 trains on tokens of older weights"),
         ("cluster.ranks=3", "cluster.ranks = 3, but policy.parallel asks for tensor 1 × pipeline 1 × context 1"),
         ("batch.updates=5", "prompts_per_step = 32 is not a multiple of batch.updates = 5"),
         ("rollout.max_new_tokens=127", r"context_length = 128 is less than .* = 159"),

@@ -23,10 +23,11 @@ from megatron_fapo.cluster.ray_session import ray_session
 from megatron_fapo.cluster.recovery import Recovery
 from megatron_fapo.cluster.saves import Saves, open_saves
 from megatron_fapo.cluster.serve_roles import Watcher, make_evaluator, make_sampler, open_servers, open_task
-from megatron_fapo.config import Config
+from megatron_fapo.config import Config, TrainSettings
 from megatron_fapo.errors import RankLost
 from megatron_fapo.publish.publisher import SharedMemory
 from megatron_fapo.records import Recovered, Role, RunState, StepBatch, StepReport, WeightVersion
+from megatron_fapo.rollout.ahead import Ahead
 from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.run.folder import RunFolder
 from megatron_fapo.serving.group import ServerGroup
@@ -85,6 +86,7 @@ class Cluster:
     async def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint. Raises CheckpointDamaged naming the file."""
         await self._enter("train")
+        self.policy.ranks.phase = "start"
         await self.policy.load(checkpoint)
 
     async def save_hf(self, folder: Path) -> None:
@@ -112,6 +114,10 @@ class Cluster:
         """All ranks anew from the last checkpoint; the state to go on from. Raises `loss` once that is too often."""
         await self.saves.settle()
         return await self.recovery.after(self, loss, self.policy.ranks.step or 0)
+
+    def ahead(self, settings: TrainSettings) -> Ahead:
+        """The groups of each step, drawn as far ahead as the settings let."""
+        return Ahead(self.sampler, max_lead=settings.max_lead, steps=settings.steps)
 
     async def until_stopped(self, work: Awaitable[T]) -> T | None:
         """The result of `work`, or None when the run was asked to stop first; then `work` is cancelled.

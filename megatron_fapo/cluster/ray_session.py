@@ -31,7 +31,11 @@ STARTS = 3
 OBJECT_STORE_BYTES = 200 * 2**20
 """For a Ray that we start: it only carries batches and reports."""
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "false"}
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "false",
+    "RAY_worker_niceness": "0",  # 15 unless told otherwise: ranks would wait for everything else on the machine
+}
 
 
 @asynccontextmanager

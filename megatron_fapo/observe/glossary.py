@@ -67,7 +67,9 @@ METRICS: tuple[Metric, ...] = (
         judge__tokens="Tokens that the judge generated, failed verdicts, retries and probes included.",
     ),
     *_plain(
-        "steps", rollout__lag_max="Steps between the published weights and the oldest ones that a token was drawn with."
+        "steps",
+        rollout__lag_max="Steps between the published weights and the oldest ones that a token was drawn with.",
+        rollout__lag_mean="The same for all tokens, on average.",
     ),
     *_plain(
         "count",
@@ -78,7 +80,8 @@ METRICS: tuple[Metric, ...] = (
         judge__short="Solutions whose verdict is the cascade's, by a prefill without reasoning.",
         judge__failed="Rollouts whose verdict did not come or could not be read.",
         judge__probes="Skipped rollouts judged for the metrics alone.",
-        group__dropped="Groups left out of the update: a verdict failed, or dynamic sampling replaced them.",
+        group__dropped="Groups left out of the update: a verdict failed, dynamic sampling replaced them, or too old.",
+        group__too_old="Groups left out because a token was drawn with weights more than train.max_lead steps old.",
     ),
     *_plain(
         "share",
@@ -132,7 +135,8 @@ METRICS: tuple[Metric, ...] = (
     *_plain("share", train__padding_share="Token positions computed that hold padding."),
     *_plain(
         "nats",
-        mismatch__mean="Mean |log-prob by the engine - by Megatron|, same weights and temperature.",
+        mismatch__mean="Mean |log-prob by the engine - by Megatron|, same temperature; Megatron has the step's "
+        "weights, the engine those that drew the token, the same where train.max_lead is 0.",
         mismatch__max="Largest of these differences.",
     ),
     *_plain(

@@ -20,6 +20,7 @@ from megatron_fapo.records import (
     Judged,
     NotJudged,
     Recovered,
+    Rollout,
     StepReport,
     Verdict,
     WeightVersion,
@@ -42,11 +43,13 @@ def step_metrics(
     weights: WeightVersion,
     spans: Spans,
     advantages: Mapping[str, float] | None = None,
+    too_old: int = 0,
 ) -> Metrics:
     """All metrics of one step.
 
     `groups` are all groups of the step, `rewards` the arrays [n] of those that were trained on, `advantages` the mean
-    over its response by rollout id. Raises KeyError for a name that the glossary does not declare.
+    over its response by rollout id; `too_old` groups were left out because of their weights' age. Raises KeyError for a
+    name that the glossary does not declare.
     """
     rollouts = [judged for group in groups for judged in group]
     lengths = [len(judged.rollout.token_ids) for judged in rollouts]
@@ -58,6 +61,7 @@ def step_metrics(
             **_judge_metrics(groups),
             **_composition_metrics(groups),
             "group/dropped": float(len(groups) - len(rewards)),
+            "group/too_old": float(too_old),
             **_reward_metrics(rewards),
             **_update_metrics(report),
             **time_metrics(spans, response_tokens=sum(lengths), report=report),
@@ -170,7 +174,14 @@ def _rollout_metrics(rollouts: Sequence[Judged], lengths: Sequence[int], weights
         "rollout/length_max": float(max(lengths, default=0)),
         "rollout/truncated_share": share(sum(j.rollout.finish_reason == "length" for j in rollouts), len(rollouts)),
         "rollout/lag_max": float(weights.step - min(versions, default=weights.step)),
+        "rollout/lag_mean": share(sum(_lags(judged.rollout, weights.step) for judged in rollouts), sum(lengths)),
     }
+
+
+def _lags(rollout: Rollout, step: int) -> int:
+    """Steps between the published weights and those that drew each token, summed over the tokens."""
+    ends = [*(span.start for span in rollout.versions[1:]), len(rollout.token_ids)]
+    return sum((end - s.start) * (step - s.version) for s, end in zip(rollout.versions, ends, strict=True))
 
 
 def _flaw_metrics(rollouts: Sequence[Judged]) -> Metrics:

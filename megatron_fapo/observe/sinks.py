@@ -119,6 +119,7 @@ class Sinks:
         spans: Spans,
         audit: JudgeAudit | None = None,
         switches: Sequence[Switch] = (),
+        too_old: int = 0,
     ) -> None:
         """Record a finished step.
 
@@ -136,7 +137,13 @@ class Sinks:
         flat_advantages = [_mean(tokens) for group in advantages for tokens in group]
         by_id = dict(zip(ids, flat_advantages, strict=True))
         metrics = step_metrics(
-            groups=groups, rewards=rewards, report=report, weights=weights, spans=spans, advantages=by_id
+            groups=groups,
+            rewards=rewards,
+            report=report,
+            weights=weights,
+            spans=spans,
+            advantages=by_id,
+            too_old=too_old,
         )
         metrics |= audit_metrics(audit) | switch_metrics(switches) | declared(self._faults) | self._recovered
         self._recovered = without_time(self._recovered)

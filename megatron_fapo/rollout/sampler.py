@@ -57,6 +57,11 @@ class Sampler:
         self._seed = seed
         self._progress = progress
 
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts of a step, where dynamic sampling does not ask for more."""
+        return self._settings.prompts_per_step
+
     async def collect(self, step: int, cursor: int) -> list[Group]:
         """The groups of a step: `prompts_per_step` prompts of the training stream from `cursor` on.
 
@@ -78,8 +83,6 @@ class Sampler:
                 "drop_group, so nothing is left to train on; look at the judge server's log",
                 step=step,
             )
-        if self.judge.audit is not None:
-            self.judge.audit.note(groups)
         return groups
 
     def trainable(self, groups: Sequence[Group]) -> list[Group]:

@@ -32,7 +32,7 @@ TINY = [
     "checkpoint.asynchronous=false",
     "observe.report=false",
     "observe.console=off",
-    "cluster.rank_deadline=8",
+    "cluster.rank_deadline=10",
 ]
 
 Fault = tuple[Doing, int, signal.Signals]
@@ -94,10 +94,10 @@ async def run(config: Config, path: Path, faults: list[Fault]) -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 async def test_a_run_whose_ranks_die_and_freeze_in_each_phase_ends_as_one_that_nobody_disturbed(tmp_path: Path) -> None:
     config = read_config(Path("configs/clock/fapo.yaml"), TINY)
-    await run(config, tmp_path / "whole", [])
+    assert await run(config, tmp_path / "whole", []) == []
     said = await run(config, tmp_path / "disturbed", FAULTS)
     for (phase, step, number), text in zip(FAULTS, said, strict=True):
         how = "process died" if number == signal.SIGKILL else "is frozen"

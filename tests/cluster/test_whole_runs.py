@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_fapo.cli.train import STOPPED
@@ -170,6 +171,36 @@ def test_a_run_of_another_method_trains_and_resumes_as_if_never_stopped(tmp_path
     finish(start(resumed, *METHODS[method], "checkpoint.every=2", "--resume"))
     assert timeless(resumed) == timeless(run)
     assert all(line["train/grad_norm_max"] > 0 for line in lines(run)[:-1])
+
+
+def rollouts(run: Path) -> list[list[tuple[str, list[int]]]]:
+    """Of each step, the rollouts' ids, without the group's place, and the versions that drew them."""
+    files = sorted((run / "rollouts").glob("*.parquet"))
+    rows = [pq.read_table(file, columns=["rollout_id", "versions"]).to_pylist() for file in files]
+    return [[(row["rollout_id"], row["versions"]) for row in step] for step in rows]
+
+
+AHEAD = ["train.deterministic=false", "train.max_lead=1", "policy.rescore=when_stale", "algorithm.loss.importance={}"]
+
+
+@pytest.mark.long
+def test_a_run_ahead_of_training_bounds_the_lag_and_resumes_without_losing_or_doubling_a_prompt(tmp_path):
+    run, resumed = tmp_path / "run", tmp_path / "resumed"
+    finish(start(run, *AHEAD, "checkpoint.every=2"))
+    shutil.copytree(run, resumed, symlinks=True)
+    shutil.rmtree(resumed / "checkpoints" / "step-000004")
+    finish(start(resumed, *AHEAD, "checkpoint.every=2", "--resume"))
+    for one in (run, resumed):
+        for step, drawn in enumerate(rollouts(one)):
+            prompts = range(8 * step, 8 * step + 8)
+            assert sorted(name for name, _ in drawn) == sorted(f"s{step}-p{p}-r{r}" for p in prompts for r in range(4))
+            assert {version for _, versions in drawn for version in versions} <= {max(step - 1, 0), step}
+        steps = lines(one)[:-1]
+        assert [line["group/too_old"] for line in steps] == [0] * 4
+        assert all(line["train/grad_norm_max"] > 0 for line in steps)
+    assert [line["rollout/lag_max"] for line in lines(run)[:-1]] == [0, 1, 1, 1]
+    assert [line["train/rescored"] for line in lines(run)[:-1]] == [0, 1, 1, 1]
+    assert [line["rollout/lag_max"] for line in lines(resumed)[:-1]] == [0, 1, 0, 1]  # step 2 is drawn again
 
 
 @pytest.mark.long

@@ -20,6 +20,7 @@ from megatron_fapo.judge.judge import Judge, Rules
 from megatron_fapo.judge.settings import AuditSettings, JudgeSettings, RatesSettings
 from megatron_fapo.observe.metrics import audit_metrics
 from megatron_fapo.records import Group, Interval, RunState
+from megatron_fapo.rollout.ahead import Ahead
 from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.rollout.settings import RolloutSettings
 from tests.builders import make_group
@@ -142,7 +143,8 @@ def sample(reference_says: str | None, share: float = 1.0) -> tuple[list[Group],
             task=Echo(), servers=policy, judge=Judge(asker, rules, LoopClock(), audit), tokenizer=Words(),
             settings=RolloutSettings(prompts_per_step=200, group_size=2), algorithm=algorithm, seed=1,
         )  # fmt: skip
-        return await sampler.collect(step=0, cursor=0)
+        async with Ahead(sampler, max_lead=0, steps=1) as ahead:
+            return (await ahead.groups(0, 0)).groups
 
     return run_virtual(work()), audit
 
