@@ -14,6 +14,9 @@ by a prefill: its thresholds are set on the warm-up's scores for that, because a
 waited for, those before the last answer landed. `flop_ratio`: the floor, from parameters and the tokens that went
 through the models (2 a parameter and token to generate or read, 6 to train). Text is made up by a codec, since random
 models write none; its tokens are real.
+
+`clock`: the same arms on the demo's own models and sizes (configs/clock/fapo.yaml): the warm-start policy and a judge
+of the same size, whose verdicts are read and believed. No cascade there, as in the run.
 """
 
 import argparse
@@ -44,7 +47,8 @@ from megatron_fapo.algorithm.rewards import rewards
 from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.batch.pack import make_batch
 from megatron_fapo.batch.settings import BatchSettings
-from megatron_fapo.judge.answerer import Served
+from megatron_fapo.config import read_config
+from megatron_fapo.judge.answerer import ChatCodec, Served
 from megatron_fapo.judge.ask import Asker
 from megatron_fapo.judge.judge import Judge, Rules
 from megatron_fapo.judge.settings import CascadeSettings, JudgeSettings
@@ -56,8 +60,13 @@ from megatron_fapo.rollout.settings import RolloutSettings
 from megatron_fapo.serving.group import ServerGroup
 from megatron_fapo.serving.launcher import launch
 from megatron_fapo.serving.settings import ServerSettings
+from megatron_fapo.tasks.clock import ClockTask
+from megatron_fapo.tasks.interface import Task
+from megatron_fapo.tasks.settings import ClockSettings
+from megatron_fapo.tasks.tokenizer import ChatTokenizer
 from megatron_fapo.trace import SystemClock
 
+CLOCK = Path("configs/clock/fapo.yaml")
 PROMPTS, GROUP, PROMPT_TOKENS = 8, 8, 24
 POLICY = {"hidden": 256, "layers": 4, "vocabulary": 64, "limit": 160}
 JUDGE = {"hidden": 128, "layers": 2, "vocabulary": 68, "limit": 700}
@@ -192,10 +201,23 @@ def covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is asked, and how: the benchmark's made-up questions, or the clock world."""
+
+    task: Task
+    policy_codec: ChatCodec
+    judge_codec: ChatCodec
+    rollout: RolloutSettings
+    judge: JudgeSettings
+    batch: BatchSettings
+
+
 @dataclass(slots=True, kw_only=True)
 class Bench:
     """The processes, and a step of each arm."""
 
+    work: Work
     policy: ServerGroup
     judge: ServerGroup
     ranks: LocalRanks
@@ -205,28 +227,24 @@ class Bench:
 
     async def step(self, savings: bool, judged: bool) -> Round:
         """Generate, judge (or read the recorded verdicts), update."""
-        settings = JudgeSettings(
-            skip=savings,
-            probe_share=0.0,
-            temperature=1.0,
-            max_new_tokens=JUDGE["limit"],
-            cascade=self.cascade if savings else None,
-        )
+        work = self.work
+        cascade = self.cascade if savings else None
+        settings = work.judge.changed(skip=savings, probe_share=0.0, cascade=cascade and cascade.model_dump())
         judging: list[tuple[float, float]] = []
         landed = [0.0]
         clock = SystemClock()
         asker = None
         if judged:
-            served = Served(self.judge, JudgeCodec())
+            served = Served(self.judge, work.judge_codec)
             asker = Asker(served, settings, clock, 1, lambda start, end: judging.append((start, end)))
-        limit = POLICY["limit"]
-        rules = Rules(judge=settings, algorithm=ALGORITHM, group_size=GROUP, max_tokens=limit)
+        limit = work.rollout.max_new_tokens
+        rules = Rules(judge=settings, algorithm=ALGORITHM, group_size=work.rollout.group_size, max_tokens=limit)
         sampler = Sampler(
-            task=Questions(),
+            task=work.task,
             servers=self.policy,
             judge=Judge(asker, rules),
-            tokenizer=PolicyCodec(),
-            settings=RolloutSettings(prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=limit),
+            tokenizer=work.policy_codec,
+            settings=work.rollout,
             algorithm=ALGORITHM,
             seed=1,
             progress=lambda rollouts: landed.__setitem__(0, clock.now()),
@@ -239,7 +257,7 @@ class Bench:
             groups = with_verdicts(groups, json.loads(file.read_text()))
         given = [rewards(group, ALGORITHM, max_tokens=limit) for group in groups]
         advantages = step_advantages(groups, given, ALGORITHM, max_tokens=limit)
-        batch = make_batch(groups, advantages, self.ranks.layout, BatchSettings(tokens_per_microbatch=2048), seed=1)
+        batch = make_batch(groups, advantages, self.ranks.layout, work.batch, seed=1)
         await asyncio.to_thread(self.ranks.call, "update", batch, ALGORITHM.loss)
         seconds = clock.now() - start
         if judged and not file.exists():
@@ -251,7 +269,7 @@ class Bench:
         from megatron_fapo.critique.paragraphs import split
         from megatron_fapo.critique.prompt import judge_prompt
 
-        served = Served(self.judge, JudgeCodec())
+        served = Served(self.judge, self.work.judge_codec)
         for group in groups:
             for one in group:
                 if one.outcome.right:
@@ -289,23 +307,55 @@ def with_verdicts(groups: list[Group], recorded: dict[str, int]) -> list[Group]:
 
 
 @contextlib.asynccontextmanager
-async def processes(folder: Path) -> AsyncIterator[tuple[Bench, int, int]]:
-    """Servers and a rank; also the parameters of policy and judge."""
+async def processes(
+    work: Work, policy: ServerSettings, judge: ServerSettings, ranks: PolicySettings, folder: Path
+) -> AsyncIterator[Bench]:
+    """Servers and a rank, whose weights hardly move."""
+    settings = ranks.changed(threads=os.cpu_count() or 1, optimizer=OptimizerSettings(learning_rate=1e-9).model_dump())
+    async with launch(policy, "policy", folder) as drawing, launch(judge, "judge", folder) as judging:
+        started = await asyncio.to_thread(LocalRanks, settings, 1)
+        try:
+            yield Bench(work=work, policy=drawing, judge=judging, ranks=started, recorded=folder)
+        finally:
+            await asyncio.to_thread(started.close)
+
+
+@contextlib.asynccontextmanager
+async def as_at_32b(folder: Path) -> AsyncIterator[tuple[Bench, int, int]]:
+    """The benchmark's own workload; also the parameters of policy and judge."""
     sizes = [make_model(folder / name, size) for name, size in (("policy", POLICY), ("judge", JUDGE))]
     common = {"context_length": 1024, "max_running": 256}
     (folder / "policy" / "tokenizer.json").write_text("{}")
-    settings = PolicySettings(
-        model=folder / "policy", threads=os.cpu_count() or 1, optimizer=OptimizerSettings(learning_rate=1e-9)
+    work = Work(
+        task=Questions(),
+        policy_codec=PolicyCodec(),
+        judge_codec=JudgeCodec(),
+        rollout=RolloutSettings(prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=POLICY["limit"]),
+        judge=JudgeSettings(temperature=1.0, max_new_tokens=JUDGE["limit"]),
+        batch=BatchSettings(tokens_per_microbatch=2048),
     )
-    async with (
-        launch(ServerSettings(model=str(folder / "policy"), count=2, **common), "policy", folder) as policy,
-        launch(ServerSettings(model=str(folder / "judge"), **common), "judge", folder) as judge,
-    ):
-        ranks = await asyncio.to_thread(LocalRanks, settings, 1)
-        try:
-            yield Bench(policy=policy, judge=judge, ranks=ranks, recorded=folder), *sizes
-        finally:
-            await asyncio.to_thread(ranks.close)
+    policy = ServerSettings(model=str(folder / "policy"), count=2, **common)
+    judge = ServerSettings(model=str(folder / "judge"), **common)
+    async with processes(work, policy, judge, PolicySettings(model=folder / "policy"), folder) as bench:
+        yield bench, *sizes
+
+
+@contextlib.asynccontextmanager
+async def as_on_the_clock(folder: Path) -> AsyncIterator[Bench]:
+    """The clock run's."""
+    config = read_config(CLOCK)
+    tokenizers = [ChatTokenizer.load(CLOCK.parent / "warm-start" / role) for role in ("policy", "judge")]
+    work = Work(
+        task=ClockTask(ClockSettings(), tokenizers[0], seed=1),
+        policy_codec=tokenizers[0],
+        judge_codec=tokenizers[1],
+        rollout=config.rollout,
+        judge=config.judge,
+        batch=config.batching,
+    )
+    servers = [config.server(role) for role in ("policy", "judge")]
+    async with processes(work, servers[0], servers[1], config.policy, folder) as bench:
+        yield bench
 
 
 def flop_ratio(one: Round, policy: int, judge: int) -> float:
@@ -320,51 +370,80 @@ def flop_ratio(one: Round, policy: int, judge: int) -> float:
     return 1 + 2 * judge * (reading + writing) / (2 * policy * (answers + read) + 6 * policy * trained)
 
 
+ARMS = [(savings, judged) for savings in (False, True) for judged in (True, False)]
+"""(savings on, with a judge)."""
+Seen = dict[tuple[bool, bool], list[Round]]
+
+
+async def rounds_of(bench: Bench, rounds: int) -> Seen:
+    """All arms in turn, round after round; the verdicts are recorded already."""
+    seen: Seen = {arm: [] for arm in ARMS}
+    for turn in range(rounds):
+        for arm in ARMS if turn % 2 == 0 else ARMS[::-1]:
+            seen[arm].append(await bench.step(*arm))
+    return seen
+
+
 async def run(rounds: int) -> dict[str, object]:
-    """Warm up and record, then all arms in turn, round after round."""
-    arms = [(savings, judged) for savings in (False, True) for judged in (True, False)]
-    seen: dict[tuple[bool, bool], list[Round]] = {arm: [] for arm in arms}
+    """Warm up and record, then the rounds; the clock's after the benchmark's own."""
     with tempfile.TemporaryDirectory(prefix="fapo-overhead-") as name:
-        async with processes(Path(name)) as (bench, policy, judge):
+        async with as_at_32b(Path(name)) as (bench, policy, judge):
             first = await bench.step(savings=False, judged=True)
             await bench.calibrate(first.groups)
             await bench.step(savings=True, judged=True)
-            for turn in range(rounds):
-                for arm in arms if turn % 2 == 0 else arms[::-1]:
-                    seen[arm].append(await bench.step(*arm))
-    return summary(seen, policy, judge)
+            found = summary(await rounds_of(bench, rounds), policy, judge)
+    with tempfile.TemporaryDirectory(prefix="fapo-overhead-") as name:
+        async with as_on_the_clock(Path(name)) as bench:
+            for savings in (False, True):
+                await bench.step(savings=savings, judged=True)
+            found["clock"] = ratios(await rounds_of(bench, rounds))
+    return found
 
 
-def summary(seen: dict[tuple[bool, bool], list[Round]], policy: int, judge: int) -> dict[str, object]:
-    """The numbers: medians over rounds of ratios within a round."""
+def ratios(seen: Seen) -> dict[str, object]:
+    """Medians over rounds; ratios are taken within a round."""
 
     def ratio(savings: bool) -> float:
         pairs = zip(seen[savings, True], seen[savings, False], strict=True)
         return statistics.median(one.seconds / other.seconds for one, other in pairs)
 
-    plain, saving = seen[False, True][0], seen[True, True][0]
-    rollouts = [judged for group in plain.groups for judged in group]
-    right = [judged for judged in rollouts if judged.outcome.right]
-    answers = statistics.mean(len(judged.rollout.token_ids) for judged in rollouts)
-    verdicts = [judged.verdict for judged in right if isinstance(judged.verdict, Verdict)]
-    asked = {id(j.verdict): j.verdict for g in saving.groups for j in g if isinstance(j.verdict, Verdict)}.values()
     return {
         "ratio": ratio(True),
         "ratio_plain": ratio(False),
         "share_hidden": statistics.median(one.hidden for one in seen[True, True]),
         "share_hidden_plain": statistics.median(one.hidden for one in seen[False, True]),
-        "flop_ratio": flop_ratio(saving, policy, judge),
-        "flop_ratio_plain": flop_ratio(plain, policy, judge),
         "step_seconds": {
             f"{'savings' if savings else 'plain'}, {'with' if judged else 'without'} judge": statistics.median(
                 one.seconds for one in found
             )
             for (savings, judged), found in seen.items()
         },
+        "verdicts": {
+            "plain": len(asked(seen[False, True][0])),
+            "savings": len(asked(seen[True, True][0])),
+            "of them short": sum(verdict.short for verdict in asked(seen[True, True][0])),
+        },
+    }
+
+
+def asked(one: Round) -> list[Verdict]:
+    """The verdicts of a step; one that several rollouts share counts once."""
+    shared = {id(j.verdict): j.verdict for g in one.groups for j in g if isinstance(j.verdict, Verdict)}
+    return list(shared.values())
+
+
+def summary(seen: Seen, policy: int, judge: int) -> dict[str, object]:
+    """The numbers of the benchmark's own workload."""
+    plain, saving = seen[False, True][0], seen[True, True][0]
+    rollouts = [judged for group in plain.groups for judged in group]
+    answers = statistics.mean(len(judged.rollout.token_ids) for judged in rollouts)
+    return {
+        **ratios(seen),
+        "flop_ratio": flop_ratio(saving, policy, judge),
+        "flop_ratio_plain": flop_ratio(plain, policy, judge),
         "parameters": policy / judge,
-        "verdict_over_answer_tokens": statistics.mean(v.tokens for v in verdicts) / answers,
-        "right_share": len(right) / len(rollouts),
-        "verdicts": {"plain": len(verdicts), "savings": len(asked), "of them short": sum(v.short for v in asked)},
+        "verdict_over_answer_tokens": statistics.mean(verdict.tokens for verdict in asked(plain)) / answers,
+        "right_share": sum(judged.outcome.right for judged in rollouts) / len(rollouts),
     }
 
 

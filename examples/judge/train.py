@@ -9,7 +9,7 @@
    world's oracle, as many clean rows as flawed ones for training.
 3. A judge that was warm-started for 800 steps only, since the 1500 of the shipped one leave little to learn.
 4. `fapo train configs/judge/clock.yaml`: task critique, reward Eq. 7.
-5. `fapo bench-judge` before and after.
+5. `fapo bench-judge` before and after: greedy verdicts, and sampled ones at the temperature of the training.
 
 Started again it skips what is there. The last line is JSON.
 """
@@ -32,6 +32,8 @@ TRAIN_SEED, BENCH_SEED = 1, 2
 BENCH_FROM = 20
 """The bench begins at this step: before it the policy still makes its teacher's mistakes."""
 WARM_START_STEPS = 800
+TEMPERATURE = 1.2
+"""At which configs/judge/clock.yaml trains."""
 
 
 def main() -> None:
@@ -59,7 +61,12 @@ def main() -> None:
             "train", ROOT / "configs" / "judge" / "clock.yaml", f"task.train={rows}", *model, *arguments.overrides,
             "--run", run.path, *resume,
         )  # fmt: skip
-    show({"before": score(start, bench, out / "before.jsonl"), "after": score(run.model, bench, out / "after.jsonl")})
+    found = {}
+    for temperature in (0.0, TEMPERATURE):
+        for when, model in (("before", start), ("after", run.model)):
+            name = f"{when}, temperature {temperature:g}"
+            found[name] = score(model, bench, out / f"{when}-{temperature:g}.jsonl", temperature)
+    show(found)
 
 
 def policy(out: Path, seed: int) -> Path:
@@ -79,9 +86,10 @@ def weak_judge(folder: Path) -> Path:
     return made
 
 
-def score(model: Path, bench: Path, predictions: Path) -> dict[str, Any]:
+def score(model: Path, bench: Path, predictions: Path, temperature: float) -> dict[str, Any]:
     """What `fapo bench-judge` says."""
-    options = ["--set", "server.context_length=256", "--set", "max_new_tokens=96", "--json"]
+    settings = ("server.context_length=256", "max_new_tokens=96", f"temperature={temperature}")
+    options = [*(word for setting in settings for word in ("--set", setting)), "--json"]
     command = ["bench-judge", "--data", bench, "--model", model, "--out", predictions, *options]
     return dict(json.loads(fapo(*command, capture=True).splitlines()[-1]))
 
