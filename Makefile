@@ -13,7 +13,7 @@ SGLANG := .venvs/sglang
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart results site test test-all sglang-cpu test-gpu test-mcore-next check lint format types layers docs warm-start clean
+.PHONY: help install quickstart results site test test-all sglang-cpu test-gpu test-mcore-next check lint format types layers locks docs warm-start clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  %-16s %s\n", $$1, $$2}'
@@ -85,6 +85,10 @@ site: $(VENV)/.site ## the documentation as a site, build/site/index.html
 $(VENV)/.site: pyproject.toml | $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[site]'
 	@touch $@
+
+locks: ## resolve the image's environments again (docker/*.lock)
+	python3 -m venv .venvs/uv && .venvs/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+	PATH="$(CURDIR)/.venvs/uv/bin:$$PATH" docker/lock.sh
 
 docs: install ## write the generated pages (docs/config.md, docs/metrics.md)
 	$(BIN)/python tools/write_docs.py
