@@ -7,6 +7,7 @@
     ├── ServerError            a generation server answered wrongly
     │   ├── ServerUnreachable      no answer, or it died
     │   └── RequestRejected        it understood the request and refused it; a retry will not help
+    │       └── BaseDiffers            it holds other weights than those that a change was made from
     ├── JudgeError             too many verdicts failed for the run to be trusted
     ├── WeightsError           the weights on a server are not the ones that were published
     ├── MemoryHeld             between two phases, memory of a shared device was not given back or not taken again
@@ -51,6 +52,10 @@ class ServerUnreachable(ServerError):
 
 class RequestRejected(ServerError):
     """A generation server refused a request that it understood."""
+
+
+class BaseDiffers(RequestRejected):
+    """A server does not hold the weights that a change was made from."""
 
 
 class JudgeError(FapoError):

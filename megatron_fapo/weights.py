@@ -29,6 +29,8 @@ BLOCK = 2**18
 """Bytes that are copied and summed at a time: a quarter of a megabyte stays in a core's own cache."""
 SUM = 16
 """Bytes of the sum of a block."""
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "float64": 8}
+"""Bytes of an element, by torch's name of the type."""
 _PRIVATE = 0o600
 _BLOCK = 512
 """Bytes in a unit of `st_blocks`, whatever the file system."""

@@ -25,7 +25,7 @@ from megatron_fapo.cluster.saves import Saves, open_saves
 from megatron_fapo.cluster.serve_roles import Watcher, make_evaluator, make_sampler, open_servers, open_task
 from megatron_fapo.config import Config, TrainSettings
 from megatron_fapo.errors import RankLost
-from megatron_fapo.publish.publisher import SharedMemory
+from megatron_fapo.publish.transports import make_transport
 from megatron_fapo.records import Recovered, Role, RunState, StepBatch, StepReport, WeightVersion
 from megatron_fapo.rollout.ahead import Ahead
 from megatron_fapo.rollout.sampler import Sampler
@@ -160,7 +160,8 @@ async def open_cluster(
                 await phases.attach(servers)
         task = await stack.enter_async_context(open_task(config))
         # Named after the run, so that a resumed run reuses (and removes) what a killed one left behind.
-        transport = SharedMemory(config.publish, hashlib.blake2b(bytes(folder.path), digest_size=8).hexdigest())
+        name = hashlib.blake2b(bytes(folder.path), digest_size=8).hexdigest()
+        transport = make_transport(config.publish, name, folder.path)
         stack.callback(transport.close)
         saves = await stack.enter_async_context(open_saves(model, folder, config.checkpoint))
         yield Cluster(

@@ -79,6 +79,23 @@ class MegatronModel:
         """What a server of this layout must hold after the export."""
         return dict(await self.ranks.one(0, "expected", layout))
 
+    async def open_group(self, name: str, host: str, backend: str, seconds: float) -> tuple[str, int]:
+        """Prepare a process group of rank 0 and servers; the address at which they meet."""
+        host, port = await self.ranks.one(0, "open_group", name, host, backend, seconds)
+        return host, port
+
+    async def join_group(self, world: int) -> str:
+        """Wait until all members have met; why they did not, else ""."""
+        return str(await self.ranks.one(0, "join_group", world))
+
+    async def send_bucket(self, bucket: Bucket) -> str:
+        """Broadcast a bucket to the group; why that failed, else ""."""
+        return str(await self.ranks.one(0, "send_bucket", bucket))
+
+    async def close_group(self) -> None:
+        """Leave the group."""
+        await self.ranks.one(0, "close_group")
+
     async def begin_save(self, folder: Path) -> None:
         """Copy weights, optimizer, schedule and random states, and let the ranks write them in the background."""
         await self.ranks.all("begin_save", str(folder))

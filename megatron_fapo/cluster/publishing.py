@@ -6,7 +6,8 @@ import logging
 from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.cluster.model import MegatronModel
 from megatron_fapo.errors import RankLost, ServerUnreachable
-from megatron_fapo.publish.publisher import WeightTransport, publish
+from megatron_fapo.publish.interface import WeightTransport
+from megatron_fapo.publish.publisher import publish
 from megatron_fapo.records import StepBatch, StepReport, WeightVersion
 from megatron_fapo.serving.client import ServerClient
 from megatron_fapo.serving.group import ServerGroup

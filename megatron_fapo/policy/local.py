@@ -39,7 +39,7 @@ class LocalRanks:
     def _meet(self, settings: PolicySettings, seed: int) -> None:
         world = settings.parallel.world
         try:
-            host, port = self._one(0, "address")
+            host, port = self.one(0, "address")
             layouts = self.call_each("setup", [(rank, world, host, port, settings, seed) for rank in range(world)])
         except BaseException:
             self.end()
@@ -115,7 +115,8 @@ class LocalRanks:
             process.join()
         self._pipes, self._processes, self._running = [], [], ""
 
-    def _one(self, rank: int, method: str, *args: Any) -> Any:
+    def one(self, rank: int, method: str, *args: Any) -> Any:
+        """Call a method of one rank, while no call of all runs; its answer."""
         self._pipes[rank].send((method, args))
         return self._settle({rank: self._receive(rank, method)})[0]
 

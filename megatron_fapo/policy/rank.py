@@ -30,6 +30,7 @@ from megatron_fapo.policy.objective import loss_tokens
 from megatron_fapo.policy.offload import Freed, Offload
 from megatron_fapo.policy.reference import Reference
 from megatron_fapo.policy.schedule import learning_rate
+from megatron_fapo.policy.sender import Sender
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.records import (
     Bucket,
@@ -54,6 +55,7 @@ class PolicyRank:
         self._layout = Layout()
         self._updates = 0
         self._export: export.Export | None = None
+        self._sender: Sender | None = None
         self._offload: Offload | None = None
         self._checkpoints: Checkpoints | None = None
 
@@ -93,6 +95,7 @@ class PolicyRank:
         if self._model is not None:
             release(self._model)
         self._model = self._reference = self._export = self._offload = self._checkpoints = None
+        self._sender = None
         gc.collect()
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()
@@ -291,6 +294,28 @@ class PolicyRank:
         if self._export is None:
             raise PolicyError("open_export() comes first")
         return self._export.expected(layout)
+
+    def open_group(self, name: str, host: str, backend: str, seconds: float) -> tuple[str, int]:
+        """On rank 0: prepare a group of this rank and servers; the address at which they meet, `host` and a port."""
+        self._sender = Sender(name, host, backend, seconds)
+        return host, self._sender.port
+
+    def join_group(self, world: int) -> str:
+        """On rank 0: wait until all `world` members have met. Why they did not, else ""; the ranks are well then."""
+        return self._opened().join(world)
+
+    def send_bucket(self, bucket: Bucket) -> str:
+        """On rank 0: broadcast a bucket of `next_bucket` to the group. Why that failed, else ""."""
+        return self._opened().send(bucket)
+
+    def close_group(self) -> None:
+        """On rank 0: leave the group."""
+        self._sender = None
+
+    def _opened(self) -> Sender:
+        if self._sender is None:
+            raise PolicyError("open_group() comes first")
+        return self._sender
 
     def save_hf(self, folder: str) -> None:
         """Write a Hugging Face folder: weights, config, tokenizer. Collective; rank 0 writes."""

@@ -1,5 +1,6 @@
 """Settings of publishing weights."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -10,7 +11,19 @@ from megatron_fapo.settings import Settings
 class PublishSettings(Settings):
     """How new weights reach the servers."""
 
-    transport: Literal["shared_memory"] = "shared_memory"
-    """shared_memory: servers on the trainer's machine read buckets from /dev/shm."""
+    transport: Literal["auto", "shared_memory", "disk", "group", "delta"] = "auto"
+    """shared_memory: servers on the trainer's machine read buckets from /dev/shm. disk: servers read safetensors files
+    from `folder`. group: the first rank broadcasts in a process group, also to servers on other machines. delta: only
+    the elements that changed since the last version, the rest through shared memory. auto: shared_memory, since a
+    run's servers are on its machine."""
     bucket_megabytes: Annotated[float, Field(gt=0)] = 512.0
     """Size of one bucket; two exist at a time."""
+    folder: Path | None = None
+    """disk: a folder that trainer and servers see; delta: where the last version lies. Default: `weights` in the run's
+    folder."""
+    group_backend: Literal["gloo", "nccl"] = "gloo"
+    """group: gloo for servers on the CPU, nccl for those on CUDA devices other than the ranks'."""
+    group_address: str = "127.0.0.1"
+    """group: the address of the first rank's machine at which servers reach it."""
+    group_timeout: Annotated[float, Field(gt=0)] = 120.0
+    """group: seconds for the members to meet, and for one broadcast."""

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import aiohttp
 import numpy as np
 
-from megatron_fapo.errors import RequestRejected, ServerError, ServerUnreachable
+from megatron_fapo.delta import Change
+from megatron_fapo.errors import BaseDiffers, RequestRejected, ServerError, ServerUnreachable
 from megatron_fapo.held import HeldLayout
-from megatron_fapo.records import Bucket, Generation, GenerationRequest, Ints, VersionSpan, floats, ints
-from megatron_fapo.serving.receiver import Receiver, receiver
+from megatron_fapo.records import Bucket, Generation, GenerationRequest, Ints, TensorSpec, VersionSpan, floats, ints
+from megatron_fapo.serving.receiver import Embedded, Group, Receiver, receiver
 from megatron_fapo.weights import checksum
 
 Json = dict[str, Any]
@@ -167,6 +168,33 @@ class ServerClient:
     async def load_bucket(self, bucket: Bucket) -> None:
         """Copy a bucket into the model. The segment may be reused when this returns."""
         await (await self._receiver()).load(bucket)
+
+    async def load_folder(self, folder: str) -> None:
+        """Read all weights from safetensors files in a folder that the server sees, into the open update."""
+        await (await self._receiver()).load_folder(folder)
+
+    async def load_changes(self, changes: Sequence[tuple[TensorSpec, Change]]) -> bool:
+        """Overwrite what changed; False when the server cannot, and needs the tensors in full.
+
+        Raises BaseDiffers when a tensor that it holds is not the one that its change was made from.
+        """
+        to = await self._receiver()
+        if not isinstance(to, Embedded):
+            return False
+        await to.load_changes(changes)
+        return True
+
+    async def join_group(self, group: Group) -> None:
+        """Become a member of a process group in which weights are sent; waits for the other members."""
+        await (await self._receiver()).join(group)
+
+    async def load_sent(self, bucket: Bucket, group: str) -> None:
+        """Take the bucket's tensors as the group's rank 0 sends them."""
+        await (await self._receiver()).load_sent(bucket, group)
+
+    async def leave_group(self, group: str) -> None:
+        """Leave a process group."""
+        await (await self._receiver()).leave(group)
 
     async def held(self) -> dict[str, str]:
         """{parameter: digest} of what the server's model holds now, by its `layout`; also while an update is open."""
@@ -326,7 +354,9 @@ def _parsed(data: bytes, url: str) -> Json:
 
 def _raise_status(status: int, data: bytes, url: str, rid: str | None, routed: bool) -> None:
     message = _message(data) or data[:200].decode(errors="replace")
-    kind = RequestRejected if 400 <= status < 500 else ServerUnreachable if routed else ServerError
+    kind: type[ServerError] = ServerUnreachable if routed else ServerError
+    if 400 <= status < 500:
+        kind = BaseDiffers if status == 409 else RequestRejected
     raise kind(f"{url}: {message}", status=status, **_where(rid))
 
 

@@ -6,8 +6,10 @@
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
+from megatron_fapo.delta import Change
 from megatron_fapo.held import HeldLayout
-from megatron_fapo.records import Bucket, Generation, GenerationRequest, Ints
+from megatron_fapo.records import Bucket, Generation, GenerationRequest, Ints, TensorSpec
+from megatron_fapo.serving.receiver import Group
 
 
 class Generator(Protocol):
@@ -35,6 +37,24 @@ class WeightReceiver(Protocol):
 
     async def load_bucket(self, bucket: Bucket) -> None:
         """Copy a bucket into the model. The segment may be reused when this returns."""
+
+    async def load_folder(self, folder: str) -> None:
+        """Read all weights from safetensors files in a folder that the server sees."""
+
+    async def load_changes(self, changes: Sequence[tuple[TensorSpec, Change]]) -> bool:
+        """Overwrite what changed since the last version; False when the server needs the tensors in full.
+
+        Raises BaseDiffers when it holds something else than the changes were made from.
+        """
+
+    async def join_group(self, group: Group) -> None:
+        """Become a member of a process group in which weights are sent; waits for the other members."""
+
+    async def load_sent(self, bucket: Bucket, group: str) -> None:
+        """Take a bucket's tensors as the group's rank 0 sends them."""
+
+    async def leave_group(self, group: str) -> None:
+        """Leave a process group."""
 
     async def held(self) -> dict[str, str]:
         """{parameter: digest} of what it holds now, computed from its own memory; update open or not."""

@@ -10,22 +10,48 @@
 
 import base64
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_fapo.delta import Change
 from megatron_fapo.errors import RequestRejected
 from megatron_fapo.fp8 import kept_by
 from megatron_fapo.held import HeldLayout
-from megatron_fapo.records import Bucket
+from megatron_fapo.records import Bucket, TensorSpec
 from megatron_fapo.serving.sglang.command import LOADER
 from megatron_fapo.serving.sglang.wire import table_of_contents
 
 Json = dict[str, Any]
 Command = Callable[[str, Json], Awaitable[Json]]
 """POST a body to a path of the server; its answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A process group in which weights are sent, and a server's place in it."""
+
+    name: str
+    host: str
+    port: int
+    """Where rank 0, the sender, keeps the group's store."""
+    rank: int
+    """Of the server's first tensor-parallel rank; the others follow."""
+    world: int
+    backend: str = "gloo"
+
+    def body(self) -> Json:
+        """As SGLang's /init_weights_update_group takes it."""
+        return {
+            "master_address": self.host,
+            "master_port": self.port,
+            "rank_offset": self.rank,
+            "world_size": self.world,
+            "group_name": self.name,
+            "backend": self.backend,
+        }
 
 
 class Receiver(Protocol):
@@ -39,11 +65,32 @@ class Receiver(Protocol):
     async def load(self, bucket: Bucket) -> None:
         """Copy a bucket into the model."""
 
+    async def load_folder(self, folder: str) -> None:
+        """Read all weights from safetensors files in a folder that the server sees."""
+
+    async def join(self, group: Group) -> None:
+        """Become a member of a group; returns when all members have met."""
+
+    async def load_sent(self, bucket: Bucket, group: str) -> None:
+        """Take the bucket's tensors as rank 0 of a group sends them, in their order."""
+
+    async def leave(self, group: str) -> None:
+        """Leave a group."""
+
     async def held(self) -> dict[str, str]:
         """Digests of what the server's model holds."""
 
     async def end(self, version: int) -> None:
         """Close the update under a version and continue."""
+
+
+def _sent(bucket: Bucket, group: str) -> Json:
+    return {
+        "names": [spec.name for spec in bucket.tensors],
+        "dtypes": [spec.dtype for spec in bucket.tensors],
+        "shapes": [list(spec.shape) for spec in bucket.tensors],
+        "group_name": group,
+    }
 
 
 def receiver(command: Command, info: Mapping[str, Any], routes: Mapping[str, Any]) -> Receiver:
@@ -85,6 +132,31 @@ class Embedded:
         body = {"load_format": "shared_memory", "bucket": asdict(bucket)}
         await self._command("/update_weights_from_tensor", body)
 
+    async def load_folder(self, folder: str) -> None:
+        """Into the open update."""
+        await self._command("/update_weights_from_disk", {"model_path": folder})
+
+    async def load_changes(self, changes: Sequence[tuple[TensorSpec, Change]]) -> None:
+        """Overwrite what changed. Raises BaseDiffers before a byte changes when the server holds another base."""
+        body = {
+            "load_format": "delta",
+            "changes": [{**asdict(spec), "change": change.to_json()} for spec, change in changes],
+        }
+        await self._command("/update_weights_from_tensor", body)
+
+    async def join(self, group: Group) -> None:
+        """As one member."""
+        await self._command("/init_weights_update_group", group.body())
+
+    async def load_sent(self, bucket: Bucket, group: str) -> None:
+        """The engine verifies each tensor's digest."""
+        body = _sent(bucket, group) | {"digests": [spec.digest for spec in bucket.tensors]}
+        await self._command("/update_weights_from_distributed", body)
+
+    async def leave(self, group: str) -> None:
+        """Leave."""
+        await self._command("/destroy_weights_update_group", {"group_name": group})
+
     async def held(self) -> dict[str, str]:
         """xxh3 of each parameter."""
         return dict((await self._command("/weights_checker", {"action": "checksum"}))["checksums"])
@@ -108,10 +180,6 @@ class SGLang:
         Paused in place they would keep the cache from being flushed, and later requests would find prefixes that old
         weights computed.
         """
-        if not self._loads:
-            raise RequestRejected(
-                f"this SGLang server cannot read segments: start it with --custom-weight-loader {LOADER}"
-            )
         await self._command("/pause_generation", {"mode": "retract"})
         if self._session and not self._open:  # one that broke off elsewhere is still open here
             await self._command("/begin_weight_update", {})
@@ -119,6 +187,10 @@ class SGLang:
 
     async def load(self, bucket: Bucket) -> None:
         """Each rank loads its part. A flush waits for the end."""
+        if not self._loads:
+            raise RequestRejected(
+                f"this SGLang server cannot read segments: start it with --custom-weight-loader {LOADER}"
+            )
         payload = base64.b64encode(table_of_contents(json.dumps(asdict(bucket)))).decode()
         body = {
             "serialized_named_tensors": [payload] * self.layout.tensor_parallel,
@@ -126,6 +198,22 @@ class SGLang:
             "flush_cache": False,
         }
         await self._command("/update_weights_from_tensor", body)
+
+    async def load_folder(self, folder: str) -> None:
+        """SGLang's own loader; a flush waits for the end."""
+        await self._command("/update_weights_from_disk", {"model_path": folder, "flush_cache": False})
+
+    async def join(self, group: Group) -> None:
+        """As one member for each tensor-parallel rank."""
+        await self._command("/init_weights_update_group", group.body())
+
+    async def load_sent(self, bucket: Bucket, group: str) -> None:
+        """Each rank receives all tensors and loads its part."""
+        await self._command("/update_weights_from_distributed", _sent(bucket, group) | {"flush_cache": False})
+
+    async def leave(self, group: str) -> None:
+        """Leave."""
+        await self._command("/destroy_weights_update_group", {"group_name": group})
 
     async def held(self) -> dict[str, str]:
         """The checker's sum of each parameter of each rank."""

@@ -1,25 +1,30 @@
 """What a single rank does: rescoring, skipping, refusing, other model families. One process serves all tests."""
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.batch.layout import Layout
 from megatron_fapo.batch.pack import SupervisedExample, make_batch, make_supervised_batch
 from megatron_fapo.batch.settings import BatchSettings
+from megatron_fapo.compat.weight_group import WeightGroup, meet
 from megatron_fapo.errors import DataError, Diverged, PolicyError
 from megatron_fapo.policy.local import LocalRanks
 from megatron_fapo.policy.settings import PolicySettings
 from megatron_fapo.policy.supervised import train_supervised
 from megatron_fapo.records import MicroBatch, StepBatch, StepReport, UpdateReport, floats, ints
+from megatron_fapo.weights import digest, shared_memory_folder
 from tests.policy.lives import (
     LOSS,
     VOCABULARY,
@@ -114,7 +119,6 @@ def test_skipping_zero_advantages_changes_nothing(process: Process, qwen3: Path)
 
 
 def test_one_update_equals_a_plain_torch_loop(process: Process, qwen3: Path) -> None:
-    import torch
     from transformers import Qwen3ForCausalLM
 
     settings = policy_settings(qwen3)
@@ -175,6 +179,29 @@ def test_a_bucket_too_small_and_an_export_not_opened_are_named(process: Process,
         ranks.call("next_bucket", str(tmp_path / "segment"), 100)
 
 
+def test_a_group_gets_the_buckets_of_the_first_rank_and_its_absence_is_named(process: Process, qwen3: Path) -> None:
+    ranks = process(policy_settings(qwen3))
+    path, nbytes = shared_memory_folder() / f"fapo-test-group-{os.getpid()}", 200000
+    try:
+        ranks.call("open_export")
+        bucket = ranks.call("next_bucket", str(path), nbytes)[0]
+        host, port = ranks.one(0, "open_group", "g", "127.0.0.1", "gloo", 30.0)
+        with ThreadPoolExecutor(1) as pool:
+            store = meet(host, port, 2, 30.0, first=False)
+            joining = pool.submit(WeightGroup, store, 1, 2, "g", "gloo", 30.0)
+            ranks.one(0, "join_group", 2)
+            received = [torch.zeros(spec.shape) for spec in bucket.tensors]
+            receiving = pool.submit(joining.result().broadcast, received)
+            ranks.one(0, "send_bucket", bucket)
+            receiving.result()
+        assert [digest(tensor.numpy().tobytes()) for tensor in received] == [spec.digest for spec in bucket.tensors]
+        ranks.one(0, "close_group")
+        ranks.one(0, "open_group", "g", "127.0.0.1", "gloo", 0.3)
+        assert "1 members of group g did not meet" in ranks.one(0, "join_group", 2)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def test_a_rank_that_dies_is_named(process: Process, qwen3: Path) -> None:
     ranks = process(policy_settings(qwen3))
     with pytest.raises(PolicyError, match=r"AttributeError.*rank 0"):
@@ -224,7 +251,6 @@ def test_the_plain_optimizer_does_what_the_distributed_one_does(process: Process
 def test_other_families_round_trip_and_score_like_hugging_face(
     process: Process, tmp_path: Path, kind: str, changes: dict[str, Any]
 ) -> None:
-    import torch
     from transformers import AutoModelForCausalLM
 
     folder = save_tiny(kind, tmp_path / "hf", **changes)

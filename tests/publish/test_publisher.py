@@ -7,8 +7,9 @@ import pytest
 
 from megatron_fapo.errors import WeightsError
 from megatron_fapo.held import HeldLayout
-from megatron_fapo.publish.publisher import SharedMemory, publish
+from megatron_fapo.publish.publisher import publish
 from megatron_fapo.publish.settings import PublishSettings
+from megatron_fapo.publish.transports import SharedMemory
 from megatron_fapo.records import Bucket, TensorSpec
 from megatron_fapo.weights import Segment, aligned, checksum, digest, shared_memory_folder
 

@@ -4,16 +4,21 @@ The first line of each docstring is a row of the table in docs/serving.md, `know
 """
 
 import asyncio
+import os
 
 import numpy as np
 import pytest
 
-from megatron_fapo.errors import RequestRejected
+from megatron_fapo.errors import RequestRejected, WeightsError
 from megatron_fapo.held import HeldDigests, differing
+from megatron_fapo.publish.publisher import publish
+from megatron_fapo.publish.settings import PublishSettings
+from megatron_fapo.publish.transports import Delta, make_transport
 from megatron_fapo.records import VersionSpan
 from megatron_fapo.serving.client import ServerClient
 from megatron_fapo.serving.launcher import launch_one
 from tests.conftest import lacking
+from tests.publish.ends import Source
 from tests.serving.conformance import ENGINES, KEY, SGLANG, Served, events, known_difference, settings
 from tests.serving.worlds import CONTEXT, EOS, with_kept_cache, write_bucket
 
@@ -584,6 +589,70 @@ async def test_flipped_byte(server, model_b, bucket_of):
     await server.client.load_bucket(bucket)
     await server.client.end_update(1)
     assert await server.client.held() == expected
+
+
+async def published(server, tmp_path, transport, tensors, version, flip=None, kilobytes=48):
+    """Publish tensors in several buckets, proven by what the server holds; the transport and the exporter."""
+    if isinstance(transport, str):
+        given = PublishSettings(transport=transport, bucket_megabytes=kilobytes / 1024, group_timeout=20)
+        transport = make_transport(given, f"conformance-{os.getpid()}", tmp_path)
+    source = Source(tensors, flip)
+    try:
+        await publish(source, [server.client], transport, version)
+    finally:
+        if not isinstance(transport, Delta):
+            transport.close()
+    return transport, source
+
+
+async def arrives(server, tmp_path, transport, model, prompt):
+    """A whole update; before, one with a byte that flips on its way, which stops by name."""
+    place = "model.layers.1.self_attn.k_proj.weight"
+    with pytest.raises((WeightsError, RequestRejected), match=r"layers\.1\.self_attn\.(k|qkv)_proj\.weight"):
+        await published(server, tmp_path, transport, model.tensors(), 2, flip=place)
+    assert await server.client.weight_version() == "default"
+    transport, _ = await published(server, tmp_path, transport, model.tensors(), 3)
+    answer = await server.generate(prompt, 24)
+    assert answer["output_ids"] == model.greedy(prompt, 24)
+    assert answer["meta_info"]["weight_version"] == "3"
+    return transport
+
+
+async def test_publish_disk(server, model_b, prompts, tmp_path):
+    """Published as files on disk, proven by what is held; a flipped byte is found by name"""
+    await arrives(server, tmp_path, "disk", model_b, prompts[2])
+    assert not list((tmp_path / "weights").iterdir())
+
+
+async def test_publish_group(server, model_b, prompts, tmp_path):
+    """Published in a process group (gloo), proven by what is held; a flipped byte is found by name"""
+    await arrives(server, tmp_path, "group", model_b, prompts[2])
+
+
+async def test_publish_delta(server, model_b, prompts, tmp_path):
+    """Published as a delta, proven by what is held; a flipped byte is found by name"""
+    delta = await arrives(server, tmp_path, "delta", model_b, prompts[2])
+    await published(server, tmp_path, delta, model_b.tensors(), 4)
+    delta.close()
+
+
+@known_difference("sglang", "takes no changes: it is sent everything")
+async def test_changes(server, model_b, models, tmp_path):
+    """A delta sends what changed; from another base it is refused by name, and everything is sent in full"""
+    delta, _ = await published(server, tmp_path, "delta", model_b.tensors(), 3)
+    full = delta.nbytes
+    tensors = {name: tensor.clone() for name, tensor in model_b.tensors().items()}
+    for tensor in tensors.values():
+        tensor.view(-1)[::40] *= 1.5
+    try:
+        _, source = await published(server, tmp_path, delta, tensors, 4)
+        assert (source.exports, delta.nbytes < full / 10) == (1, True)
+        await server.client.load_from_disk(str(models[0]), 5)
+        _, source = await published(server, tmp_path, delta, tensors, 6)
+        assert (source.exports, delta.nbytes) == (2, full)
+        assert await server.client.weight_version() == "6"
+    finally:
+        delta.close()
 
 
 @known_difference("sglang", "it loads what comes: the digests of what is held tell")

@@ -262,7 +262,7 @@ def test_a_backup_brings_the_weights_back():
 def test_a_bucket_survives_its_trip_as_json(bucket_of, model_a):
     from dataclasses import asdict
 
-    from megatron_fapo.serving.engine.protocol import parse_bucket
+    from megatron_fapo.serving.engine.weight_bodies import parse_bucket
 
     _, bucket = bucket_of(model_a.tensors())
     again = parse_bucket(json.loads(json.dumps({"load_format": "shared_memory", "bucket": asdict(bucket)})))

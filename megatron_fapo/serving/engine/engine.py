@@ -15,8 +15,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from megatron_fapo.compat.weight_group import WeightGroup
+from megatron_fapo.delta import Change
 from megatron_fapo.errors import FapoError, RequestRejected, ServerError
-from megatron_fapo.records import Bucket
+from megatron_fapo.records import Bucket, TensorSpec
 from megatron_fapo.serving.engine.batch import Batch
 from megatron_fapo.serving.engine.model import Model
 from megatron_fapo.serving.engine.sample import Answer, Sample
@@ -55,6 +57,7 @@ class Engine:
         self._wake = threading.Condition()
         self._paused = False
         self._updating = False
+        self._groups: dict[str, WeightGroup] = {}
         self._cache_released = False
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -113,6 +116,11 @@ class Engine:
         return self.versions[-1]
 
     @property
+    def updating(self) -> bool:
+        """Whether an update of the weights is open."""
+        return self._updating
+
+    @property
     def load(self) -> tuple[int, int]:
         """(running, waiting) samples."""
         return len(self._batch), len(self._waiting) + len(self._arrived)
@@ -169,14 +177,44 @@ class Engine:
 
     def copy_bucket(self, bucket: Bucket) -> None:
         """Copy tensors into the model; needs an open update."""
+        self._refuse_without_update()
+        self.weights.copy(bucket)
+
+    def read_folder(self, folder: Path) -> None:
+        """Read all tensors of a folder into the open update."""
+        self._refuse_without_update()
+        self.weights.read(folder)
+
+    def join(self, name: str, group: Callable[[], WeightGroup]) -> None:
+        """Become a member of a group in which weights are sent; `group` waits for the others."""
+        self._groups.pop(name, None)
+        self._groups[name] = group()
+
+    def leave(self, name: str) -> None:
+        """Leave a group. Raises RequestRejected for one that was never joined."""
+        if self._groups.pop(name, None) is None:
+            raise RequestRejected(f"group {name!r}: not joined")
+
+    def receive(self, specs: Sequence[TensorSpec], name: str) -> None:
+        """Take tensors that rank 0 of a group sends into the open update."""
+        self._refuse_without_update()
+        if name not in self._groups:
+            raise RequestRejected(f"group {name!r}: POST /init_weights_update_group first")
+        self.weights.receive(specs, self._groups[name])
+
+    def apply(self, changes: Sequence[tuple[TensorSpec, Change]]) -> None:
+        """Overwrite what changed, in the open update."""
+        self._refuse_without_update()
+        for spec, change in changes:
+            self.weights.apply(spec, change)
+
+    def _refuse_without_update(self) -> None:
         if not self._updating:
             raise RequestRejected("no update is open: POST /begin_weight_update first")
-        self.weights.copy(bucket)
 
     def end_update(self, version: str) -> None:
         """Close the update and generate with the new weights as `version`."""
-        if not self._updating:
-            raise RequestRejected("no update is open: POST /begin_weight_update first")
+        self._refuse_without_update()
         self.weights.end()
         self._updating = False
         self._new_version(version)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 
-from megatron_fapo.errors import DataError, FapoError, RequestRejected, WeightsError
-from megatron_fapo.serving.engine import protocol
+from megatron_fapo.errors import BaseDiffers, DataError, FapoError, RequestRejected, WeightsError
+from megatron_fapo.serving.engine import protocol, weight_bodies
 from megatron_fapo.serving.engine.chat import Chat, parse_chat
 from megatron_fapo.serving.engine.protocol import Json, Limits, Parsed
 from megatron_fapo.serving.engine.sample import Answer
@@ -63,6 +63,9 @@ class Routes:
         post("/update_weights_from_disk", self.update_from_disk)
         post("/begin_weight_update", self.begin_update)
         post("/update_weights_from_tensor", self.update_from_tensor)
+        post("/init_weights_update_group", self.join_group)
+        post("/update_weights_from_distributed", self.update_from_distributed)
+        post("/destroy_weights_update_group", self.leave_group)
         post("/end_weight_update", self.end_update)
         post("/weights_checker", self.weights_checker)
         post("/pause_generation", self.pause)
@@ -87,6 +90,8 @@ class Routes:
             return await handler(request)
         except web.HTTPException as error:
             return _error(error.status, f"{request.method} {request.path}: {error.reason}")
+        except BaseDiffers as error:
+            return _error(409, str(error))
         except (RequestRejected, DataError, WeightsError) as error:
             return _error(400, str(error))
         except FapoError as error:
@@ -122,7 +127,7 @@ class Routes:
                 "model_path": self._settings.model,
                 "weight_version": self._engine.version,
                 "weight_update": "begin_end",
-                "weight_transports": ["disk", "shared_memory"],
+                "weight_transports": ["disk", "shared_memory", "group", "delta"],
                 "group_stream": True,
                 "deterministic": self._settings.deterministic,
                 "context_length": self._limits.context_length,
@@ -241,9 +246,12 @@ class Routes:
     # Weights.
 
     async def update_from_disk(self, request: web.Request) -> web.Response:
-        """Replace all weights by those of a folder."""
+        """Replace all weights by those of a folder; or read them into an open update, which ends as others do."""
         body = await _body(request)
         folder = Path(str(body.get("model_path") or self._settings.model))
+        if self._engine.updating:
+            await self._engine.call(lambda: self._engine.read_folder(folder))
+            return web.json_response({"success": True, "message": f"read {folder.name}"})
         version = str(body.get("weight_version") or folder.name)
         await self._engine.call(lambda: self._engine.load_from_disk(folder, version))
         return web.json_response({"success": True, "message": f"loaded {folder.name}", "weight_version": version})
@@ -254,10 +262,38 @@ class Routes:
         return web.json_response({"success": True, "message": "update open"})
 
     async def update_from_tensor(self, request: web.Request) -> web.Response:
-        """Copy one bucket."""
-        bucket = protocol.parse_bucket(await _body(request))
-        await self._engine.call(lambda: self._engine.copy_bucket(bucket))
-        return web.json_response({"success": True, "message": f"{len(bucket.tensors)} tensors"})
+        """Copy one bucket, or overwrite what changed."""
+        body = await _body(request)
+        match body.get("load_format"):
+            case "shared_memory":
+                bucket = weight_bodies.parse_bucket(body)
+                await self._engine.call(lambda: self._engine.copy_bucket(bucket))
+                number = len(bucket.tensors)
+            case "delta":
+                changes = weight_bodies.parse_changes(body)
+                await self._engine.call(lambda: self._engine.apply(changes))
+                number = len(changes)
+            case other:
+                raise RequestRejected(f"load_format {other!r} is not supported: use shared_memory or delta")
+        return web.json_response({"success": True, "message": f"{number} tensors"})
+
+    async def join_group(self, request: web.Request) -> web.Response:
+        """Become a member of a group in which a trainer sends weights."""
+        name, join = weight_bodies.parse_group(await _body(request))
+        await self._engine.call(lambda: self._engine.join(name, join))
+        return web.json_response({"success": True, "message": f"joined {name}"})
+
+    async def update_from_distributed(self, request: web.Request) -> web.Response:
+        """Take tensors that a group's rank 0 sends."""
+        specs, name = weight_bodies.parse_sent(await _body(request))
+        await self._engine.call(lambda: self._engine.receive(specs, name))
+        return web.json_response({"success": True, "message": f"{len(specs)} tensors"})
+
+    async def leave_group(self, request: web.Request) -> web.Response:
+        """Leave a group."""
+        name = str((await _body(request)).get("group_name"))
+        await self._engine.call(lambda: self._engine.leave(name))
+        return web.json_response({"success": True, "message": f"left {name}"})
 
     async def end_update(self, request: web.Request) -> web.Response:
         """Close the update under a version."""

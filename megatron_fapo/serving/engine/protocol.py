@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from megatron_fapo.errors import RequestRejected
-from megatron_fapo.records import Bucket, TensorSpec
 from megatron_fapo.serving.engine.sample import Answer, Options, Sample
 from megatron_fapo.serving.engine.text import Text
 
@@ -279,27 +278,3 @@ def render_compact(answer: Answer, versions: list[str]) -> Json:
         "message": answer.matched if answer.reason == "abort" else None,
         "cached_tokens": answer.cached,
     }
-
-
-def parse_bucket(body: Json) -> Bucket:
-    """The bucket of an /update_weights_from_tensor body. Raises RequestRejected."""
-    if body.get("load_format") != "shared_memory":
-        raise RequestRejected(f"load_format {body.get('load_format')!r} is not supported: use shared_memory")
-    try:
-        given = body["bucket"]
-        tensors = tuple(
-            TensorSpec(
-                name=str(t["name"]),
-                dtype=str(t["dtype"]),
-                shape=tuple(int(size) for size in t["shape"]),
-                offset=int(t["offset"]),
-                digest=str(t["digest"]),
-            )
-            for t in given["tensors"]
-        )
-        bucket = Bucket(segment=str(given["segment"]), nbytes=int(given["nbytes"]), tensors=tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RequestRejected(f"bucket: not a table of tensors: {error!r}") from None
-    if bucket.nbytes < 1 or "\0" in bucket.segment:
-        raise RequestRejected(f"bucket: {bucket.nbytes} bytes in segment {bucket.segment!r}")
-    return bucket

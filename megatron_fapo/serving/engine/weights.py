@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_fapo.errors import DataError, RequestRejected, WeightsError
+from megatron_fapo.compat.weight_group import WeightGroup
+from megatron_fapo.delta import Change
+from megatron_fapo.errors import BaseDiffers, DataError, RequestRejected, WeightsError
 from megatron_fapo.records import Bucket, TensorSpec
 from megatron_fapo.serving.engine.model import Model
 from megatron_fapo.weights import Bytes, Segment, checksum, copy, digest, shared_memory_folder
@@ -62,7 +64,12 @@ class Weights:
         return sum(storage.nbytes() for storage in self._storages())
 
     def load(self, folder: Path) -> None:
-        """Read all parameters from a folder, casting where its dtype differs.
+        """An update by all parameters of a folder. Raises as `read` does."""
+        self.read(folder)
+        self.end()
+
+    def read(self, folder: Path) -> None:
+        """Open an update, or go on with the open one, and read all parameters, casting where the dtype differs.
 
         A folder that does not fit, or is damaged, is refused before the first byte changes. Raises DataError,
         RequestRejected.
@@ -78,7 +85,6 @@ class Weights:
             for file, name in entries:
                 self._model.parameters[name].copy_(file.get_tensor(name))
         self._missing.clear()
-        self.end()
 
     def begin(self) -> None:
         """Open an update: from now on every parameter has to arrive before `end`."""
@@ -98,8 +104,31 @@ class Weights:
         specs = [spec for spec in bucket.tensors if not self._is_tied_head(spec.name)]
         targets = [self._target(spec.name, spec.shape) for spec in specs]
         self._missing.update(spec.name for spec in specs)
-        for name in self._pool.map(self._copy_one, specs, targets, [memory] * len(specs)):
-            self._missing.discard(name)
+        for _ in self._pool.map(self._copy_one, specs, targets, [memory] * len(specs)):
+            pass
+
+    def receive(self, specs: Sequence[TensorSpec], group: WeightGroup) -> None:
+        """Take broadcast tensors straight into the parameters, verifying each. Raises as `copy` does."""
+        pairs = [(spec, self._like(spec)) for spec in specs]
+        group.broadcast([tensor for _, tensor in pairs])
+        for spec, tensor in pairs:
+            if not self._is_tied_head(spec.name):
+                self._arrive(spec, digest(_bytes(tensor)))
+
+    def apply(self, spec: TensorSpec, change: Change) -> None:
+        """Overwrite what changed in one parameter, verifying it before and after.
+
+        Raises BaseDiffers when the parameter is not the one that the change was made from, before a byte changes.
+        """
+        target = self._like(spec)
+        if self._is_tied_head(spec.name):
+            return
+        if digest(_bytes(target)) != change.base:
+            raise BaseDiffers(f"tensor {spec.name!r}: is not what the change was made from; send it in full")
+        self._missing.add(spec.name)
+        self._arrived.pop(spec.name, None)
+        change.apply(np.frombuffer(_bytes(target), np.uint8))
+        self._arrive(spec, digest(_bytes(target)))
 
     def end(self) -> None:
         """Close the update. Raises RequestRejected naming parameters that did not arrive; it then stays open."""
@@ -165,19 +194,28 @@ class Weights:
             raise RequestRejected(f"tensor {name!r}: has shape {list(shape)}, the model's is {list(tensor.shape)}")
         return tensor
 
-    def _copy_one(self, spec: TensorSpec, target: Tensor, memory: Bytes) -> str:
-        dtype = str(target.dtype).removeprefix("torch.")
-        if spec.dtype != dtype:
-            raise RequestRejected(f"tensor {spec.name!r}: is {spec.dtype}, the model's is {dtype}")
+    def _copy_one(self, spec: TensorSpec, target: Tensor, memory: Bytes) -> None:
+        _refuse_dtype(spec, target)
         nbytes = target.numel() * target.element_size()
         if spec.offset < 0 or spec.offset % target.element_size() or spec.offset + nbytes > len(memory):
             raise RequestRejected(f"tensor {spec.name!r}: bytes {spec.offset}..{spec.offset + nbytes} leave its bucket")
         self._arrived.pop(spec.name, None)
-        found = copy(memory[spec.offset : spec.offset + nbytes], np.frombuffer(_bytes(target), np.uint8))
+        self._arrive(spec, copy(memory[spec.offset : spec.offset + nbytes], np.frombuffer(_bytes(target), np.uint8)))
+
+    def _arrive(self, spec: TensorSpec, found: str) -> None:
+        """Note a parameter whose bytes now have the digest `found`."""
         if found != spec.digest:
             raise WeightsError(f"tensor {spec.name!r}: its bytes do not have the digest that its sender computed")
         self._arrived[spec.name] = found
-        return spec.name
+        self._missing.discard(spec.name)
+
+    def _like(self, spec: TensorSpec) -> Tensor:
+        """The parameter that a tensor fills; for the head of a tied model, memory that is thrown away."""
+        if self._is_tied_head(spec.name):
+            return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+        target = self._target(spec.name, spec.shape)
+        _refuse_dtype(spec, target)
+        return target
 
     def _open(self, bucket: Bucket) -> Segment:
         """The mapped segment of a bucket. A path outside the shared-memory folder is refused."""
@@ -188,6 +226,12 @@ class Weights:
         if known is None or not known.is_still(bucket.nbytes):
             known = self._segments[bucket.segment] = Segment.open(path, bucket.nbytes, whole=True)
         return known
+
+
+def _refuse_dtype(spec: TensorSpec, target: Tensor) -> None:
+    dtype = str(target.dtype).removeprefix("torch.")
+    if spec.dtype != dtype:
+        raise RequestRejected(f"tensor {spec.name!r}: is {spec.dtype}, the model's is {dtype}")
 
 
 @contextmanager
