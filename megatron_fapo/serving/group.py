@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,6 +19,8 @@ _BALANCE = 1.25
 """A group's requests stay at its server while that has at most so much of an even share (arXiv:1608.01350)."""
 _HOMES = 4096
 """Groups whose server is remembered."""
+_TRIES = 3
+"""Requests to one server that lives: a connection that it has closed in between breaks off as one does that dies."""
 _ROUTED_TRIES = 6
 _BACKOFF = 0.2
 """Seconds before the second request to a router; twice as long before each further one."""
@@ -81,7 +83,7 @@ class _Attempt:
     """How far a request has come."""
 
     key: str
-    tried: set[Member] = field(default_factory=set)
+    tried: Counter[Member] = field(default_factory=Counter)
     routed: int = 0
     error: ServerError | None = None
 
@@ -261,7 +263,7 @@ class ServerGroup:
                 if attempt.routed >= _ROUTED_TRIES and attempt.error is not None:
                     raise attempt.error
                 return Member(client=self._router.client)
-            untried = [member for member in ready if member not in attempt.tried]
+            untried = [member for member in ready if attempt.tried[member] < _TRIES]
             if untried:
                 return self._best(untried, attempt.key, samples)
             await self._change(attempt.error)
@@ -282,7 +284,7 @@ class ServerGroup:
 
     async def _failed(self, member: Member, attempt: _Attempt) -> None:
         """What to do before the next attempt."""
-        attempt.tried.add(member)
+        attempt.tried[member] += 1
         if self._router is not None and member.client is self._router.client:
             attempt.routed += 1
             await asyncio.sleep(_BACKOFF * 2 ** (attempt.routed - 1))

@@ -170,6 +170,29 @@ def test_what_belongs_to_a_group():
     assert group_of("alone") == "alone"
 
 
+async def test_a_connection_that_breaks_is_not_a_server_that_died(request_for, prompts):
+    """The only server closes two connections without an answer, and answers the third request."""
+    asked = []
+
+    async def handle(request):
+        asked.append((await request.json())["rid"])
+        if len(asked) < 3:
+            request.transport.abort()
+        lines = [{"id": r, "tokens": "", "logprobs": "", "finish_reason": "stop"} for r in asked[-1]]
+        return web.Response(text="".join(json.dumps(line) + "\n" for line in lines))
+
+    app = web.Application()
+    app.router.add_post("/generate", handle)
+    app.router.add_get("/get_server_info", lambda request: web.json_response({"group_stream": True}))
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    async with ServerClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
+        (samples,) = await collect(ServerGroup([client]), [request_for(prompts[0], seeds=range(2))])
+    assert (len(samples), len(asked)) == (2, 3)
+    await runner.cleanup()
+
+
 async def test_a_deadline_ends_a_request_that_nobody_answers(server_url, client, request_for, prompts):
     group = ServerGroup([client], deadline=0.5)
     await client.pause()
