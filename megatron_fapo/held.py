@@ -21,7 +21,7 @@ Bytes = npt.NDArray[np.uint8]
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PART = {part: (fused, parts.index(part)) for fused, parts in _FUSED.items() for part in parts}
-_NAME = re.compile(r"(.*\.)?(\w+)\.(weight|weight_scale_inv|bias)")
+_NAME = re.compile(r"(.*\.)?(\w+)\.(weight|bias)")
 _VOCABULARY_PADDING = 64
 """SGLang rounds the rows of embedding and head up to this."""
 
@@ -35,7 +35,10 @@ class HeldLayout:
     kv_heads: int = 1
     """Key and value heads of the model; ranks beyond this number hold copies."""
     kept_in_bf16: tuple[str, ...] | None = None
-    """Modules that stay BF16 on a server whose other matrices are FP8 with scales of blocks; None without FP8."""
+    """Modules that stay BF16 on a server whose other matrices are FP8 with scales of blocks; None without FP8.
+
+    SGLang's checker sums the BF16 rounding of what FP8 values and scales stand for: that is what `HeldDigests` gets.
+    """
 
 
 class HeldDigests:

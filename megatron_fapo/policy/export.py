@@ -21,7 +21,7 @@ from megatron_fapo.held import HeldDigests, HeldLayout
 from megatron_fapo.policy.hf_folder import SHARD_BYTES, Writer
 from megatron_fapo.policy.model import Model
 from megatron_fapo.policy.pieces import Piece, fetch, own_parts, places, plan, shapes
-from megatron_fapo.policy.quantize import quantize
+from megatron_fapo.policy.quantize import dequantize, quantize
 from megatron_fapo.policy.target import Target, nbytes_of
 from megatron_fapo.records import Bucket, TensorSpec
 from megatron_fapo.weights import Segment, aligned, combined, digest, shared_memory_folder
@@ -69,7 +69,7 @@ class Export:
             return None
         specs = [replace(spec, digest=digest) for spec, digest in zip(specs, digests, strict=True)]
         for held in self._held.values():
-            for spec, data in zip(specs, _bytes_of(specs, memory), strict=True):
+            for spec, data in summed_by_servers(specs, memory):
                 held.add(spec, data)
         return Bucket(segment=str(path), nbytes=used, tensors=tuple(specs))
 
@@ -159,6 +159,20 @@ def _bytes_of(specs: Sequence[TensorSpec], memory: memoryview) -> Iterator[memor
     """Each tensor's bytes in a bucket."""
     for spec in specs:
         yield memory[spec.offset : spec.offset + nbytes_of(spec)]
+
+
+def summed_by_servers(specs: Sequence[TensorSpec], memory: memoryview) -> Iterator[tuple[TensorSpec, memoryview]]:
+    """The tensors whose bytes servers sum: those of a bucket, and for FP8 with its scales the BF16 it stands for."""
+    spans = zip(specs, _bytes_of(specs, memory), strict=True)
+    for spec, data in spans:
+        if spec.dtype != "float8_e4m3fn":
+            yield spec, data
+            continue
+        scale, of_scale = next(spans)
+        values = torch.frombuffer(data, dtype=torch.float8_e4m3fn).view(spec.shape)
+        floats = dequantize(values, torch.frombuffer(of_scale, dtype=torch.float32).view(scale.shape))
+        plain = floats.to(torch.bfloat16).view(-1).view(torch.uint8)
+        yield replace(spec, dtype="bfloat16"), plain.numpy().data
 
 
 def in_turn(pieces: Sequence[Piece]) -> tuple[Piece, ...]:

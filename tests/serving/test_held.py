@@ -74,16 +74,6 @@ def test_fused_and_sharded_as_sglang_does(tensors, ranks):
     assert found == expected
 
 
-def test_scales_of_blocks_are_fused_and_sharded_like_their_weights(tensors):
-    # a tensor under the name of scales goes where the weight of its shape goes
-    layout = HeldLayout(engine="sglang", tensor_parallel=2, kv_heads=KV_HEADS, kept_in_bf16=("lm_head",))
-    matrices = {name: tensor for name, tensor in tensors.items() if "proj.weight" in name}
-    scales = {f"{name}_scale_inv": tensor for name, tensor in matrices.items()}
-    renamed = {name.replace("weight", "weight_scale_inv"): sum for name, sum in digests(matrices, layout).items()}
-    assert digests(scales, layout) == renamed
-    assert digests(matrices | scales, layout) == digests(matrices, layout) | renamed
-
-
 def test_the_embedded_engine_holds_what_it_was_sent(tensors):
     assert digests(tensors, HeldLayout()) == {name: f"xxh3 of {name}" for name in tensors}
 
