@@ -27,17 +27,26 @@ class Memory:
     """Bytes of the device that no process uses; None where it is the host's memory."""
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy; they are there as long as the tensor is.
+
+    By address: a storage that `numpy()` has looked at can no longer be freed.
+    """
+    nbytes = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
 def _to_file(data: torch.Tensor) -> Refill:
     """Into a file without a name in the system's temporary folder (TMPDIR), which ends with the process."""
     file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it lives as long as the bytes are away
-    view, written = _view(data), 0
+    view, written = bytes_of(data), 0
     while written < len(view):
         written += file.write(view[written:])
 
     def refill(target: torch.Tensor) -> None:
         with file:
             file.seek(0)
-            view, read = _view(target), 0
+            view, read = bytes_of(target), 0
             while read < len(view):
                 count = file.readinto(view[read:])
                 if not count:
@@ -45,11 +54,6 @@ def _to_file(data: torch.Tensor) -> Refill:
                 read += count
 
     return refill
-
-
-def _view(data: torch.Tensor) -> memoryview:
-    """The bytes of a tensor; `.numpy()` would make its storage one that cannot be freed."""
-    return memoryview((ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())).cast("B")
 
 
 def _to_pinned(data: torch.Tensor) -> Refill:

@@ -6,6 +6,7 @@ from math import prod
 import numpy as np
 import torch
 
+from megatron_fapo.compat.memory import bytes_of
 from megatron_fapo.policy.pieces import Place
 from megatron_fapo.records import TensorSpec
 from megatron_fapo.weights import BLOCK, SUM, Bytes, block_sum, blocks, write
@@ -70,6 +71,6 @@ def nbytes_of(spec: TensorSpec) -> int:
 
 def _runs(part: torch.Tensor) -> Iterator[Bytes]:
     """The bytes of a shard in order; as few views of it as there are groups of heads, or one."""
-    pieces = [part] if part.is_contiguous() else part
-    for piece in pieces:
-        yield piece.contiguous().view(-1).view(torch.uint8).numpy()
+    for piece in [part] if part.is_contiguous() else part:
+        whole = piece.contiguous()
+        yield np.frombuffer(bytes_of(whole), np.uint8)

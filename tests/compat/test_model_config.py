@@ -37,7 +37,7 @@ def test_the_families_themselves_are_accepted(config: Any) -> None:
         (LlamaConfig(mlp_bias=True), "mlp_bias=True"),
         (LlamaConfig(rope_parameters=SHORT), "partial_rotary_factor=0.5"),
         (LlamaConfig(rope_parameters=LONG), "rope_type 'longrope'"),
-        (LlamaConfig(quantization_config={"quant_method": "fp8"}), "quantization_config"),
+        (LlamaConfig(quantization_config={"quant_method": "awq"}), "quantization_config of llama is 'awq'"),
         (LlamaConfig(final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
         (LlamaConfig(embedding_multiplier=12.0), "embedding_multiplier=12.0 of llama is a key that nothing here knows"),
         (Qwen2Config(use_sliding_window=True), "use_sliding_window=True"),

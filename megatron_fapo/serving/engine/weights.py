@@ -1,6 +1,5 @@
 """The weights of a running model: read from disk, copied from shared memory, summed, released."""
 
-import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_fapo.compat.memory import bytes_of
 from megatron_fapo.compat.weight_group import WeightGroup
 from megatron_fapo.delta import Change
 from megatron_fapo.errors import BaseDiffers, DataError, RequestRejected, WeightsError
@@ -113,7 +113,7 @@ class Weights:
         group.broadcast([tensor for _, tensor in pairs])
         for spec, tensor in pairs:
             if not self._is_tied_head(spec.name):
-                self._arrive(spec, digest(_bytes(tensor)))
+                self._arrive(spec, digest(bytes_of(tensor)))
 
     def apply(self, spec: TensorSpec, change: Change) -> None:
         """Overwrite what changed in one parameter, verifying it before and after.
@@ -123,12 +123,12 @@ class Weights:
         target = self._like(spec)
         if self._is_tied_head(spec.name):
             return
-        if digest(_bytes(target)) != change.base:
+        if digest(bytes_of(target)) != change.base:
             raise BaseDiffers(f"tensor {spec.name!r}: is not what the change was made from; send it in full")
         self._missing.add(spec.name)
         self._arrived.pop(spec.name, None)
-        change.apply(np.frombuffer(_bytes(target), np.uint8))
-        self._arrive(spec, digest(_bytes(target)))
+        change.apply(np.frombuffer(bytes_of(target), np.uint8))
+        self._arrive(spec, digest(bytes_of(target)))
 
     def end(self) -> None:
         """Close the update. Raises RequestRejected naming parameters that did not arrive; it then stays open."""
@@ -145,7 +145,7 @@ class Weights:
         """{Hugging Face name: digest} of what the model holds now; nobody else writes while an update is open."""
         arrived = self._arrived
         return {
-            name: arrived[name] if name in arrived else digest(_bytes(tensor))
+            name: arrived[name] if name in arrived else digest(bytes_of(tensor))
             for name, tensor in self._model.parameters.items()
         }
 
@@ -200,7 +200,7 @@ class Weights:
         if spec.offset < 0 or spec.offset % target.element_size() or spec.offset + nbytes > len(memory):
             raise RequestRejected(f"tensor {spec.name!r}: bytes {spec.offset}..{spec.offset + nbytes} leave its bucket")
         self._arrived.pop(spec.name, None)
-        self._arrive(spec, copy(memory[spec.offset : spec.offset + nbytes], np.frombuffer(_bytes(target), np.uint8)))
+        self._arrive(spec, copy(memory[spec.offset : spec.offset + nbytes], np.frombuffer(bytes_of(target), np.uint8)))
 
     def _arrive(self, spec: TensorSpec, found: str) -> None:
         """Note a parameter whose bytes now have the digest `found`."""
@@ -246,12 +246,3 @@ def _readable(place: Path) -> Iterator[None]:
 def _open_file(path: Path) -> safe_open:
     with _readable(path):
         return safe_open(path, framework="pt")
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's own bytes, without a copy; all parameters are contiguous.
-
-    By address, since a storage that numpy has looked at can no longer be released.
-    """
-    nbytes = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
