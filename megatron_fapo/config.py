@@ -285,6 +285,11 @@ class Config(Settings):
                 f"servers.policy.dtype = {policy.dtype}, but policy.dtype = {self.policy.dtype}: "
                 "weights are published as they are trained"
             )
+        if self.cluster.servers_elsewhere and self.publish.transport in ("shared_memory", "delta"):
+            problems.append(
+                f"publish.transport = {self.publish.transport} reaches servers on the first rank's node alone, and "
+                "cluster has some on others: set auto or group, or disk with a folder that all nodes see"
+            )
         for role, server in self.started_servers():
             if self.cluster.placement == "colocated" and server.engine == "sglang" and server.sglang.on_cpu:
                 problems.append(

@@ -78,6 +78,17 @@ def test_a_wrong_setting_is_refused_with_what_to_do(override, message):
         read_config(CLOCK, ["train.deterministic=true", "servers.judge.port=31001", override])
 
 
+def test_weights_do_not_reach_another_node_through_shared_memory():
+    two = ["cluster.nodes=2", "cluster.serving_nodes=1", "cluster.ray_address=10.0.0.1:6379"]
+    across = read_config(CLOCK, two).publish.across("10.0.0.1")
+    assert (across.transport, across.group_address) == ("group", "10.0.0.1")
+    given = read_config(CLOCK, [*two, "publish.transport=disk", "publish.group_address=10.0.0.9"]).publish
+    assert given.across("10.0.0.1") == given
+    for transport in ("shared_memory", "delta"):
+        with pytest.raises(ConfigError, match=f"publish.transport = {transport} reaches servers on the first rank's"):
+            read_config(CLOCK, [*two, f"publish.transport={transport}"])
+
+
 IN_FP8 = [
     "policy.dtype=bfloat16",
     "policy.rescore=always",

@@ -1,9 +1,10 @@
 """The wiring: which processes a run consists of, and the verbs that the loop uses.
 
 driver (this process: loop, sampler, judge scheduling, sinks)
-├── policy servers      subprocesses, HTTP on loopback
-├── judge servers       subprocesses, HTTP on loopback
-└── training ranks      Ray actors, torch.distributed among them; weights go to the servers by shared memory
+├── policy servers      subprocesses, HTTP on loopback; on other nodes by an actor there, on the node's address
+├── judge servers       the same
+└── training ranks      Ray actors, torch.distributed among them; weights go to the servers by shared memory, or in a
+                        process group between nodes
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_fapo.algorithm.settings import LossSettings
-from megatron_fapo.cluster.hosts import open_hosts
+from megatron_fapo.cluster.hosts import Hosts, open_hosts
 from megatron_fapo.cluster.model import MegatronModel
 from megatron_fapo.cluster.phases import Phases
 from megatron_fapo.cluster.publishing import PolicyWeights
@@ -147,7 +148,7 @@ async def open_cluster(
     They start side by side, but where they share devices: a server sizes its cache by the memory that it finds.
     """
     async with AsyncExitStack() as stack:
-        phases = None
+        phases, publishing = None, config.publish
         if config.cluster.placement == "split" and not config.cluster.servers_elsewhere:
             model, servers = await _start_side_by_side(config, folder, stack, watcher)
         else:
@@ -155,13 +156,16 @@ async def open_cluster(
             if config.cluster.placement == "colocated":
                 phases = Phases(model)
                 await phases.make_room()
-            servers = await _start_servers(config, folder, stack, watcher, model)
+            hosts = await _open_hosts(config, folder, stack, model) if config.cluster.servers_elsewhere else None
+            if hosts is not None:
+                publishing = publishing.across(hosts.trainer)
+            servers = await stack.enter_async_context(open_servers(config, folder.logs, watcher, hosts=hosts))
             if phases is not None:
                 await phases.attach(servers)
         task = await stack.enter_async_context(open_task(config))
         # Named after the run, so that a resumed run reuses (and removes) what a killed one left behind.
         name = hashlib.blake2b(bytes(folder.path), digest_size=8).hexdigest()
-        transport = make_transport(config.publish, name, folder.path)
+        transport = make_transport(publishing, name, folder.path)
         stack.callback(transport.close)
         saves = await stack.enter_async_context(open_saves(model, folder, config.checkpoint))
         yield Cluster(
@@ -186,15 +190,10 @@ async def _start_model(config: Config, folder: RunFolder, stack: AsyncExitStack)
     return model
 
 
-async def _start_servers(
-    config: Config, folder: RunFolder, stack: AsyncExitStack, watcher: Watcher, model: MegatronModel
-) -> dict[Role, ServerGroup]:
-    """After the ranks: on their devices, or on nodes that Ray knows by now."""
-    hosts = None
-    if config.cluster.servers_elsewhere:
-        serving, deadline = config.cluster.serving_nodes, config.cluster.setup_deadline
-        hosts = await stack.enter_async_context(open_hosts(model.nodes, serving, deadline, folder.path / "api_key"))
-    return await stack.enter_async_context(open_servers(config, folder.logs, watcher, hosts=hosts))
+async def _open_hosts(config: Config, folder: RunFolder, stack: AsyncExitStack, model: MegatronModel) -> Hosts:
+    """After the ranks: on their nodes, or on others that Ray knows by now."""
+    serving, deadline = config.cluster.serving_nodes, config.cluster.setup_deadline
+    return await stack.enter_async_context(open_hosts(model.nodes, serving, deadline, folder.path / "api_key"))
 
 
 async def _start_side_by_side(

@@ -105,6 +105,8 @@ def _start_host(node_id: str) -> Any:
 class Hosts:
     """The nodes that serve: the actor and the address of each."""
 
+    trainer: str
+    """Address of the first rank's node."""
     actors: Sequence[Any]
     addresses: Sequence[str]
     gpus: Sequence[int]
@@ -146,7 +148,9 @@ class Hosts:
 
 @asynccontextmanager
 async def open_hosts(nodes: Sequence[str], serving_nodes: int, deadline: float, key: Path) -> AsyncIterator[Hosts]:
-    """Hosts on `nodes` (Ray's ids), or on `serving_nodes` others, which are waited for; ended afterwards.
+    """Hosts on `nodes` (Ray's ids, the first rank's first), or on `serving_nodes` others, which are waited for.
+
+    They are ended afterwards.
 
     `key` is where the run's own key is put. Raises ServerError when nodes are missing after `deadline` seconds.
     """
@@ -166,6 +170,7 @@ async def open_hosts(nodes: Sequence[str], serving_nodes: int, deadline: float, 
         await asyncio.sleep(0.5)
     facts = {node["NodeID"]: node for node in ray.nodes()}
     hosts = Hosts(
+        trainer=facts[nodes[0]]["NodeManagerAddress"],
         actors=[_start_host(node) for node in chosen],
         addresses=[facts[node]["NodeManagerAddress"] for node in chosen],
         gpus=[int(facts[node]["Resources"].get("GPU", 0)) for node in chosen],

@@ -14,8 +14,8 @@ class PublishSettings(Settings):
     transport: Literal["auto", "shared_memory", "disk", "group", "delta"] = "auto"
     """shared_memory: servers on the trainer's machine read buckets from /dev/shm. disk: servers read safetensors files
     from `folder`. group: the first rank broadcasts in a process group, also to servers on other machines. delta: only
-    the elements that changed since the last version, the rest through shared memory. auto: shared_memory, since a
-    run's servers are on its machine."""
+    the elements that changed since the last version, the rest through shared memory. auto: group where servers are on
+    other nodes than the first rank, else shared_memory."""
     bucket_megabytes: Annotated[float, Field(gt=0)] = 512.0
     """Size of one bucket; two exist at a time."""
     folder: Path | None = None
@@ -23,7 +23,13 @@ class PublishSettings(Settings):
     folder."""
     group_backend: Literal["gloo", "nccl"] = "gloo"
     """group: gloo for servers on the CPU, nccl for those on CUDA devices other than the ranks'."""
-    group_address: str = "127.0.0.1"
-    """group: the address of the first rank's machine at which servers reach it."""
+    group_address: str | None = None
+    """group: the address of the first rank's machine at which servers reach it. Default: the one by which Ray knows
+    that node where servers are on other nodes, else 127.0.0.1."""
     group_timeout: Annotated[float, Field(gt=0)] = 120.0
     """group: seconds for the members to meet, and for one broadcast."""
+
+    def across(self, address: str) -> "PublishSettings":
+        """The same for servers on other nodes than the first rank, whose node they reach at `address`."""
+        transport = "group" if self.transport == "auto" else self.transport
+        return self.changed(transport=transport, group_address=self.group_address or address)

@@ -130,7 +130,7 @@ class ProcessGroup(SharedMemory):
         ranks = [(await receiver.layout()).tensor_parallel for receiver in receivers]
         world = 1 + sum(ranks)
         host, port = await exporter.open_group(
-            self._group, settings.group_address, settings.group_backend, settings.group_timeout
+            self._group, settings.group_address or "127.0.0.1", settings.group_backend, settings.group_timeout
         )
         first = Group(name=self._group, host=host, port=port, rank=1, world=world, backend=settings.group_backend)
         places = [replace(first, rank=1 + sum(ranks[:number])) for number in range(len(ranks))]

@@ -1,6 +1,7 @@
 """`fapo submit` on a real Slurm of two nodes: submitted, out of time, queued again, resumed, preempted, finished."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ FAPO = str(Path(sys.executable).parent / "fapo")
 RUN = [
     "configs/clock/fapo.yaml",
     "policy.parallel.data=2",
+    "servers.policy.count=2",
     "train.deterministic=true",
     "train.steps=5",
     "rollout.prompts_per_step=8",
@@ -25,26 +27,35 @@ RUN = [
     "servers.judge.max_running=32",
 ]
 
+SIZE = ["--nodes", "2", "--cpus-per-task", "4", "--time", "30"]
+
 
 def lines(run: Path) -> list[dict]:
     path = run / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def timeless(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(run)]
+def outcome(run: Path) -> list[dict]:
+    """The metrics without what the clock and the placement have a say in."""
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines(run)]
+
+
+def nodes_of_policy_servers(run: Path) -> set[str]:
+    said = "".join(path.read_text() for path in run.glob("logs/policy-*.log"))
+    return set(re.findall(r"serving .* on ([0-9.]+):\d+", said))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_job_that_is_interrupted_twice_gives_the_metrics_of_one_that_is_not(pair, tmp_path):
+    """Nor does it matter that its servers take turns with the ranks on both nodes, and get weights in a group."""
     calm, busy = tmp_path / "calm", tmp_path / "busy"
-    job = Job(pair, calm)
+    job = Job(pair, calm, "split")
     job.until(lambda: job.state() == "", "the job ends")
     assert "the run ended with status 0" in job.log(), job.log()
     assert len(lines(calm)) == 5
 
-    job = Job(pair, busy)
+    job = Job(pair, busy, "colocated")
     job.until(lambda: len(lines(busy)) >= 1, "a first step")
     pair.run("scancel", "--batch", "--signal=USR1", job.id)  # what Slurm does when time is nearly up
     job.until(lambda: "queued again" in job.log(), "the job queues itself again")
@@ -58,7 +69,9 @@ def test_a_job_that_is_interrupted_twice_gives_the_metrics_of_one_that_is_not(pa
     job.start_now()
     job.until(lambda: job.state() == "", "the job ends")
     assert "[restart 2] the run ended with status 0" in job.log(), job.log()
-    assert timeless(busy) == timeless(calm)
+    assert outcome(busy) == outcome(calm)
+    assert nodes_of_policy_servers(calm) == {"127.0.0.1"}
+    assert nodes_of_policy_servers(busy) == {"10.77.0.1", "10.77.0.2"}
     assert [p.name for p in sorted(busy.glob("logs/slurm-*"))] == [f"slurm-{job.id}-{n}" for n in range(3)]
     ranks = "".join(p.read_text() for p in busy.glob(f"logs/slurm-{job.id}-2/*/worker-*"))
     assert "policy-rank-0" in ranks
@@ -68,9 +81,10 @@ def test_a_job_that_is_interrupted_twice_gives_the_metrics_of_one_that_is_not(pa
 class Job:
     """A submitted run."""
 
-    def __init__(self, pair, run: Path) -> None:
+    def __init__(self, pair, run: Path, placement: str) -> None:
         self.pair, self.run = pair, run
-        command = [FAPO, "submit", *RUN, "--nodes", "2", "--cpus-per-task", "4", "--time", "30", "--run", str(run)]
+        placed = f"cluster.placement={placement}"
+        command = [FAPO, "submit", *RUN, placed, *SIZE, "--run", str(run)]
         said = pair.run(*command, cwd=ROOT, environment={"OMP_NUM_THREADS": "1"})
         self.id = said.split()[1].rstrip(":")
 
