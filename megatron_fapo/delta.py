@@ -5,6 +5,7 @@ gaps between them are a fraction of the tensor. They overwrite: applied twice th
 """
 
 import base64
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from megatron_fapo.weights import Bytes
 
 _WORDS: dict[int, np.dtype[Any]] = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
 _GAPS: tuple[np.dtype[Any], ...] = (np.dtype("<u1"), np.dtype("<u2"), np.dtype("<u4"))
+_STRIDE = 2**18
+"""Elements that are compared or overwritten at a time: a place takes eight bytes, four times a BF16 weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +38,14 @@ class Change:
 
     def apply(self, tensor: Bytes) -> None:
         """Overwrite. Raises ValueError when an element lies outside of the tensor."""
-        words = tensor.view(self.values.dtype)
-        places = np.cumsum(self.gaps.astype(np.int64) + 1) - 1
-        if len(places) and places[-1] >= len(words):
-            raise ValueError(f"element {places[-1]} of a tensor of {len(words)}")
-        words[places] = self.values
+        words, last = tensor.view(self.values.dtype), -1
+        end = int(self.gaps.sum(dtype=np.int64)) + len(self.gaps)
+        if end > len(words):
+            raise ValueError(f"element {end - 1} of a tensor of {len(words)}")
+        for start in range(0, len(self.gaps), _STRIDE):
+            places = np.cumsum(self.gaps[start : start + _STRIDE].astype(np.int64) + 1) + last
+            words[places] = self.values[start : start + _STRIDE]
+            last = int(places[-1])
 
     def to_json(self) -> dict[str, str]:
         """For a request."""
@@ -66,10 +72,26 @@ class Change:
 
 def change(old: Bytes, new: Bytes, itemsize: int, base: str) -> Change:
     """What makes `new` of `old`, two tensors of one size with elements of `itemsize` bytes; `base` is old's digest."""
-    word = _WORDS[itemsize]
-    before, after = old.view(word), new.view(word)
-    places = np.flatnonzero(before != after)
-    gaps = np.diff(places, prepend=-1) - 1
-    widest = int(gaps.max(initial=0))
+    gaps, values, last = [np.zeros(0, _GAPS[-1])], [np.zeros(0, _WORDS[itemsize])], -1
+    for start, before, after in _strides(old, new, itemsize):
+        places = np.flatnonzero(before != after)
+        values.append(after[places])
+        gaps.append((np.diff(places + start, prepend=last) - 1).astype(_GAPS[-1]))
+        last = int(places[-1]) + start if len(places) else last
+    widest = max(int(each.max(initial=0)) for each in gaps)
     kind = next(kind for kind in _GAPS if widest <= np.iinfo(kind).max)
-    return Change(base=base, gaps=gaps.astype(kind), values=after[places])
+    narrow = np.concatenate([each.astype(kind) for each in gaps])
+    return Change(base=base, gaps=narrow, values=np.concatenate(values))
+
+
+def least_bytes(old: Bytes, new: Bytes, itemsize: int) -> int:
+    """What a change has at least on the wire, told without making it: a byte of gap for each changed element."""
+    count = sum(int(np.count_nonzero(before != after)) for _, before, after in _strides(old, new, itemsize))
+    return count * (itemsize + _GAPS[0].itemsize)
+
+
+def _strides(old: Bytes, new: Bytes, itemsize: int) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Two tensors of one size, some elements at a time: the first one's number, and both as unsigned integers."""
+    before, after = old.view(_WORDS[itemsize]), new.view(_WORDS[itemsize])
+    for start in range(0, len(before), _STRIDE):
+        yield start, before[start : start + _STRIDE], after[start : start + _STRIDE]

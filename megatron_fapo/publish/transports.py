@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_fapo.delta import Change, change
+from megatron_fapo.delta import Change, change, least_bytes
 from megatron_fapo.errors import BaseDiffers, WeightsError
 from megatron_fapo.publish.interface import Exporter, WeightTransport
 from megatron_fapo.publish.publisher import settled
@@ -29,6 +29,9 @@ _SAFETENSORS = {
     "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
+
+Changes = list[tuple[TensorSpec, Change]]
+"""What changed in a bucket, tensor by tensor."""
 
 
 def make_transport(settings: PublishSettings, name: str, folder: Path) -> WeightTransport:
@@ -153,7 +156,7 @@ class ProcessGroup(SharedMemory):
 class Delta(SharedMemory):
     """Only the elements that changed since the last version, in the requests themselves.
 
-    The last version lies in files of `folder`, a bucket each, read and written bucket by bucket. Where it does not
+    The last version lies in files of `folder`, a bucket each, read and written tensor by tensor. Where it does not
     fit (the first update, another plan) or a receiver holds something else, everything is sent in full; so is a
     bucket of which more than a quarter would have to be sent, and all to a receiver that takes no changes.
     """
@@ -168,7 +171,8 @@ class Delta(SharedMemory):
         self.nbytes = 0
         """Bytes that the last update sent to all receivers."""
         self.changed: int | None = 0
-        """Bytes of all changes of the last update, sent or not; None for an update without a base."""
+        """Bytes of all changes of the last update, where they were not made the least that they would have; None for
+        an update without a base."""
 
     async def send(self, exporter: Exporter, receivers: Sequence[WeightReceiver]) -> list[Bucket]:
         """Send what changed; everything once more when a receiver refuses for its base."""
@@ -193,21 +197,17 @@ class Delta(SharedMemory):
     ) -> None:
         path = self._folder / f"{number:05}"
         fits = not self._full and number < len(self._base) and _same_places(self._base[number], bucket)
-        changes = await asyncio.to_thread(replace_base, path, bucket, self._base[number] if fits else None)
-        if changes is None:
-            self.changed = None
-        elif self.changed is not None:
-            self.changed += sum(made.nbytes for _, made in changes)
+        base, most = self._base[number] if fits else None, int(self._WORTH * bucket.nbytes)
+        changes, nbytes = await asyncio.to_thread(replace_base, path, bucket, base, most)
+        self.changed = None if self.changed is None or nbytes is None else self.changed + nbytes
         await settled([self._bring(receiver, bucket, changes) for receiver in receivers])
 
-    async def _bring(
-        self, receiver: WeightReceiver, bucket: Bucket, changes: list[tuple[TensorSpec, Change]] | None
-    ) -> None:
-        nbytes = bucket.nbytes if changes is None else sum(made.nbytes for _, made in changes)
-        if changes is None or nbytes > self._WORTH * bucket.nbytes or not await receiver.load_changes(changes):
-            nbytes = bucket.nbytes
+    async def _bring(self, receiver: WeightReceiver, bucket: Bucket, changes: Changes | None) -> None:
+        if changes is not None and await receiver.load_changes(changes):
+            self.nbytes += sum(made.nbytes for _, made in changes)
+        else:
             await receiver.load_bucket(bucket)
-        self.nbytes += nbytes
+            self.nbytes += bucket.nbytes
 
     def close(self) -> None:
         """Remove segments and base."""
@@ -245,20 +245,31 @@ def write_safetensors(bucket: Bucket, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def replace_base(path: Path, bucket: Bucket, base: Bucket | None) -> list[tuple[TensorSpec, Change]] | None:
-    """Let a file hold the bucket instead of `base`, the bucket that it holds now; what changed, tensor by tensor."""
+def replace_base(path: Path, bucket: Bucket, base: Bucket | None, most: int) -> tuple[Changes | None, int | None]:
+    """Let a file hold the bucket instead of `base`, the bucket that it holds now.
+
+    What changed, tensor by tensor, None where that is more than `most` bytes; and its bytes, None without a base.
+    """
     new = np.frombuffer(Segment.open(bucket.segment, bucket.nbytes).memory, np.uint8)
     if base is None:
         path.write_bytes(new.data)
-        return None
-    old: Bytes = np.memmap(path, np.uint8, mode="r+")
-    changes = []
+        return None, None
+    changes: Changes | None = []
+    total = 0
     for before, spec in zip(base.tensors, bucket.tensors, strict=True):
-        span = slice(spec.offset, spec.offset + nbytes_of(spec))
-        made = change(old[span], new[span], ITEMSIZE[spec.dtype], before.digest)
-        made.apply(old[span])
+        size, itemsize = nbytes_of(spec), ITEMSIZE[spec.dtype]
+        there = new[spec.offset : spec.offset + size]
+        held: Bytes = np.memmap(path, np.uint8, mode="r+", offset=spec.offset, shape=(size,))
+        least = least_bytes(held, there, itemsize)
+        if changes is None or total + least > most:
+            changes, total = None, total + least
+            held[:] = there
+            continue
+        made = change(held, there, itemsize, before.digest)
+        made.apply(held)
         changes.append((spec, made))
-    return changes
+        total += made.nbytes
+    return (None if total > most else changes), total
 
 
 def nbytes_of(spec: TensorSpec) -> int:

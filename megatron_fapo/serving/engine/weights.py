@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -74,16 +74,19 @@ class Weights:
         A folder that does not fit, or is damaged, is refused before the first byte changes. Raises DataError,
         RequestRejected.
         """
-        with ExitStack() as stack:
-            stack.enter_context(_readable(folder))
-            files = [stack.enter_context(_open_file(path)) for path in on_disk(folder)]
-            entries = [(file, name) for file in files for name in file.keys() if not self._is_tied_head(name)]  # noqa: SIM118
-            for file, name in entries:
-                self._target(name, tuple(file.get_slice(name).get_shape()))
-            self._refuse_incomplete(set(self._model.parameters) - {name for _, name in entries})
+        names: dict[Path, list[str]] = {}
+        with _readable(folder):
+            for path in on_disk(folder):
+                with _open_file(path) as file:
+                    names[path] = [name for name in file.keys() if not self._is_tied_head(name)]  # noqa: SIM118
+                    for name in names[path]:
+                        self._target(name, tuple(file.get_slice(name).get_shape()))
+            self._refuse_incomplete(set(self._model.parameters).difference(*names.values()))
             self.begin()
-            for file, name in entries:
-                self._model.parameters[name].copy_(file.get_tensor(name))
+            for path, inside in names.items():
+                with _open_file(path) as file:  # one at a time: what was read of a file stays mapped until it is closed
+                    for name in inside:
+                        self._model.parameters[name].copy_(file.get_tensor(name))
         self._missing.clear()
 
     def begin(self) -> None:
