@@ -403,8 +403,9 @@ class JudgeAudit:
     """Whether all of J's interval is below what the settings ask for."""
 
 
-AuditCounts = tuple[tuple[int, int, int, int], ...]
-"""(true positive, false negative, false positive, true negative) of each of the last steps."""
+AuditCounts = tuple[tuple[int, int, int, int, float, float], ...]
+"""(true positive, false negative, false positive, true negative) of each of the last steps, and the sums of P(flawed)
+over the flawed and over the clean rollouts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -432,7 +433,7 @@ class RunState:
 
     def __post_init__(self) -> None:
         # from JSON it comes as lists
-        object.__setattr__(self, "audit", tuple((tp, fn, fp, tn) for tp, fn, fp, tn in self.audit))
+        object.__setattr__(self, "audit", tuple((tp, fn, fp, tn, p, q) for tp, fn, fp, tn, p, q in self.audit))
 
     def after(self, prompts: int, audit: AuditCounts = ()) -> "RunState":
         """The state one step later, `prompts` further in the stream."""

@@ -125,7 +125,8 @@ def _sampler(
         asker = Asker(answerer, judge, SystemClock(), config.train.seed, watcher.judged)
     audit = None
     if answerer is not None and judge.audit is not None:
-        audit = Audit(judge.audit, _reference(judge.audit, answerer, judge, config.train.seed))
+        reference = _reference(judge.audit, answerer, judge, config.train.seed)
+        audit = Audit(judge.audit, reference, soft=config.algorithm.reward.penalty == "soft")
     rules = Rules(
         judge=judge, algorithm=config.algorithm, group_size=rollout.group_size, max_tokens=rollout.max_new_tokens
     )

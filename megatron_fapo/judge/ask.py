@@ -5,6 +5,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from megatron_fapo.critique.verdict import parse_verdict
 from megatron_fapo.errors import ConfigError, RequestRejected, ServerError
 from megatron_fapo.judge.answerer import Answerer, Question, Served
 from megatron_fapo.judge.places import Full, Places
-from megatron_fapo.judge.settings import ErrorSettings, JudgeSettings
+from megatron_fapo.judge.settings import JudgeSettings
 from megatron_fapo.records import Message, NotJudged, Prompt, Verdict
 from megatron_fapo.trace import Clock
 
@@ -63,8 +64,6 @@ class Asker:
         try:
             start = self._clock.now()
             result = await _within(self._clock, self._settings.deadline, self._verdict(case))
-            if self._settings.errors is not None and isinstance(result, Verdict):
-                result = self._spoilt(case, result, self._settings.errors)
             self._judged(start, self._clock.now())
         finally:
             self._places.leave()
@@ -93,7 +92,9 @@ class Asker:
         clear = {-1: p < limits.clean_below, wrong: limits.flawed_above is not None and p > limits.flawed_above}
         for index, holds in clear.items():
             if holds:
-                return Verdict(first_wrong=index, p_flawed=p, votes=1, tokens=case.tokens, text="", short=True)
+                (heard,) = self._spoilt(case, [index])
+                p = p if (heard == -1) == (index == -1) else 1.0 - p
+                return Verdict(first_wrong=heard, p_flawed=p, votes=1, tokens=case.tokens, text="", short=True)
         return None
 
     async def _long(self, case: "_Case") -> Verdict | NotJudged:
@@ -107,7 +108,8 @@ class Asker:
             except ServerError as error:
                 why = f"server: {error}"
                 continue
-            verdict, why = count_votes(texts, case.paragraphs, case.tokens, self._settings.vote_rule)
+            rule, spoil = self._settings.vote_rule, partial(self._spoilt, case)
+            verdict, why = count_votes(texts, case.paragraphs, case.tokens, rule, spoil)
             if verdict is not None:
                 return verdict
             if self._settings.temperature == 0.0:
@@ -139,15 +141,22 @@ class Asker:
             p, _ = await scorer.flaw_probability(f"{case.name}-p", case.messages, case.paragraphs, said)
         except ServerError:
             return verdict
-        return replace(verdict, p_flawed=p, tokens=case.tokens + 1)
+        spoilt = (parse_verdict(verdict.text, case.paragraphs) != -1) != verdict.flawed
+        return replace(verdict, p_flawed=1.0 - p if spoilt else p, tokens=case.tokens + 1)
 
-    def _spoilt(self, case: "_Case", verdict: Verdict, errors: ErrorSettings) -> Verdict:
-        """The verdict turned round at the rates of an experiment; the same solution always fares the same."""
+    def _spoilt(self, case: "_Case", indices: Sequence[int]) -> list[int]:
+        """The votes turned round at the rates of an experiment; the same solution always fares the same."""
+        errors = self._settings.errors
+        if errors is None:
+            return list(indices)
         rng = Random(f"errors/{self._seed}/{case.prompt.id}/{case.solution}")
-        if rng.random() >= (errors.missed if verdict.flawed else errors.invented):
-            return verdict
-        wrong = -1 if verdict.flawed else rng.randrange(case.paragraphs)
-        return replace(verdict, first_wrong=wrong, p_flawed=1.0 - verdict.p_flawed)
+
+        def heard(index: int) -> int:
+            if rng.random() >= (errors.invented if index == -1 else errors.missed):
+                return index
+            return rng.randrange(case.paragraphs) if index == -1 else -1
+
+        return [heard(index) for index in indices]
 
     def _seed_of(self, case: "_Case", attempt: int, vote: int) -> int:
         words = f"{self._seed}/{case.prompt.id}/{attempt}/{vote}/{case.solution}".encode()
@@ -164,21 +173,28 @@ class _Case:
 
 
 def count_votes(
-    texts: Sequence[tuple[str, bool]], count: int, tokens: int, rule: VoteRule = "majority"
+    texts: Sequence[tuple[str, bool]],
+    count: int,
+    tokens: int,
+    rule: VoteRule = "majority",
+    spoil: Callable[[Sequence[int]], Sequence[int]] = lambda indices: indices,
 ) -> tuple[Verdict | None, str]:
     """The verdict of (text, complete) votes, or (None, why) when fewer than half of them are usable.
 
     Flagged or not is decided by the rule over the usable votes: by majority, where a tie counts as flagged, or by
-    agreement of all. The index is the most frequent one among the flagging votes, the earliest of equals.
+    agreement of all. The index is the most frequent one among the flagging votes, the earliest of equals. In which
+    order the votes came makes no difference. `spoil` is given their indices and says what is heard instead.
     """
-    votes: list[tuple[int, str]] = []
+    said: list[tuple[int, str]] = []
     problems = []
-    for text, complete in texts:
+    for text, complete in sorted(texts):
         parsed = parse_verdict(text, count) if complete else "cut"
         if isinstance(parsed, int):
-            votes.append((parsed, text))
+            said.append((parsed, text))
         else:
             problems.append(parsed)
+    heard = spoil([index for index, _ in said])
+    votes = [(index, text) for index, (_, text) in zip(heard, said, strict=True)]
     if 2 * len(votes) < len(texts) or not votes:
         return None, problems[0] if problems else "no votes"
     flags = [index for index, _ in votes if index != -1]

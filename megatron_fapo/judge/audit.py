@@ -79,13 +79,20 @@ def difference(one: Interval, other: Interval) -> Interval:
 
 
 class Audit:
-    """The counts of the last steps. `labels` asks the reference; `note` takes a step in; `rates` is what they say."""
+    """The counts of the last steps. `label` asks the reference; `note` takes a step in; `rates` is what they say.
 
-    def __init__(self, settings: AuditSettings, reference: Asker | None) -> None:
+    With `soft` the reward takes the judge's probability p of a flaw instead of its flag, so the rates that it is
+    corrected by are the means of p: over votes they are those of one vote, not of what the votes decide.
+    """
+
+    def __init__(self, settings: AuditSettings, reference: Asker | None, *, soft: bool = False) -> None:
         self._settings = settings
         self._reference = reference
         """None where the task's own oracle is the reference."""
+        self._soft = soft
         self._steps: deque[Counts] = deque(maxlen=settings.window)
+        self._p: deque[tuple[float, float]] = deque(maxlen=settings.window)
+        """Sums of p over the flawed and over the clean rollouts of the same steps."""
         self._audited = 0
 
     async def label(
@@ -104,14 +111,16 @@ class Audit:
 
     def note(self, groups: Sequence[Group]) -> None:
         """Take in a step. Raises JudgeError when the settings say that an alarm stops the run."""
-        pairs = [
-            (judged.verdict.flawed, judged.audit != -1)
+        audited = [
+            (judged.verdict, judged.audit != -1)
             for group in groups
             for judged in group
             if judged.audit is not None and isinstance(judged.verdict, Verdict)
         ]
-        self._audited = len(pairs)
-        self._steps.append(Counts.of(pairs))
+        self._audited = len(audited)
+        self._steps.append(Counts.of((verdict.flawed, flawed) for verdict, flawed in audited))
+        flawed, clean = (sum(v.p_flawed for v, truth in audited if truth is kind) for kind in (True, False))
+        self._p.append((flawed, clean))
         found = self.found
         if found.alarm:
             said = (
@@ -141,7 +150,8 @@ class Audit:
         total = self._total
         if min(total.flawed, total.clean) < self._settings.enough:
             return None
-        rates = Rates(tpr=(total.tp + 1) / (total.flawed + 2), fpr=(total.fp + 1) / (total.clean + 2))
+        flags = [sum(sums) for sums in zip(*self._p, strict=True)] if self._soft else [total.tp, total.fp]
+        rates = Rates(tpr=(flags[0] + 1) / (total.flawed + 2), fpr=(flags[1] + 1) / (total.clean + 2))
         if rates.j <= 0:
             raise JudgeError(
                 f"the judge flags flawed solutions ({rates.tpr:.0%}) no more often than clean ones ({rates.fpr:.0%}), "
@@ -152,12 +162,15 @@ class Audit:
     @property
     def counts(self) -> AuditCounts:
         """The window, for the run's state."""
-        return tuple((c.tp, c.fn, c.fp, c.tn) for c in self._steps)
+        return tuple((c.tp, c.fn, c.fp, c.tn, *p) for c, p in zip(self._steps, self._p, strict=True))
 
     def restore(self, counts: AuditCounts) -> None:
         """Go on from a run's state."""
         self._steps.clear()
-        self._steps.extend(Counts(tp=tp, fn=fn, fp=fp, tn=tn) for tp, fn, fp, tn in counts)
+        self._p.clear()
+        for tp, fn, fp, tn, flawed, clean in counts:
+            self._steps.append(Counts(tp=tp, fn=fn, fp=fp, tn=tn))
+            self._p.append((flawed, clean))
 
     @property
     def _total(self) -> Counts:

@@ -42,7 +42,7 @@ class RatesSettings(Settings):
 
 
 class ErrorSettings(Settings):
-    """Errors made on purpose, for experiments on what a bad judge does to a run."""
+    """Errors made on purpose, for experiments on what a bad judge does to a run. Each vote errs by itself."""
 
     missed: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the flags that become "clean"."""
@@ -139,7 +139,7 @@ class JudgeSettings(Settings):
     cascade: CascadeSettings | None = None
     """Score solutions by a prefill first, and ask for long verdicts only where that is not clear; off when null."""
     errors: ErrorSettings | None = None
-    """Turn verdicts round at these rates; null leaves them as they are."""
+    """Turn votes round at these rates; null leaves them as they are."""
     audit: AuditSettings | None = None
     """Measure the judge's error rates during training; off when null."""
     refresh: RefreshSettings | None = None

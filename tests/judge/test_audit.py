@@ -92,6 +92,29 @@ def test_the_window_forgets_and_the_state_goes_on_where_it_was():
     assert state == RunState(step=4, cursor=12, audit=audit.counts)
 
 
+def test_a_soft_penalty_is_corrected_by_the_mean_of_p_not_by_what_votes_decide():
+    """Four votes of a judge with TPR .7 and FPR .2 decide with other rates, but p's means are .7 and .2."""
+    rng = np.random.default_rng(0)
+    labels = [1] * 4000 + [-1] * 4000
+    flags = rng.binomial(4, [0.7 if label == 1 else 0.2 for label in labels])
+    group = make_group(["flawed" if 2 * count >= 4 else "clean" for count in flags])
+    judged = []
+    for one, count, label in zip(group, flags, labels, strict=True):
+        judged.append(
+            dataclasses.replace(one, audit=label, verdict=dataclasses.replace(one.verdict, p_flawed=count / 4))
+        )
+    group = dataclasses.replace(group, judged=tuple(judged))
+    hard, soft = Audit(AuditSettings(), None), Audit(AuditSettings(), None, soft=True)
+    for audit in (hard, soft):
+        audit.note([group])
+    assert hard.rates.tpr == pytest.approx(0.916, abs=0.02)
+    assert (soft.rates.tpr, soft.rates.fpr) == pytest.approx((0.7, 0.2), abs=0.02)
+    assert hard.found == soft.found  # what is reported is how the verdicts do
+    again = Audit(AuditSettings(), None, soft=True)
+    again.restore(soft.counts)
+    assert again.rates == soft.rates
+
+
 def test_too_few_leave_the_known_rates_in_place_and_measured_ones_replace_them():
     settings = JudgeSettings(rates=RatesSettings(tpr=0.9, fpr=0.1), audit=AuditSettings(enough=10))
     rules = Rules(judge=settings, algorithm=AlgorithmSettings(), group_size=8, max_tokens=100)

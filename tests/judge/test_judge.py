@@ -1,6 +1,7 @@
 """Which verdicts are asked, when, and what failures become; the judge's server lives in virtual time."""
 
 import asyncio
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from megatron_fapo.algorithm.rewards import PERFECT, Rates
 from megatron_fapo.algorithm.settings import AlgorithmSettings, OverlongSettings, RewardSettings
 from megatron_fapo.errors import JudgeError, RequestRejected, ServerUnreachable
 from megatron_fapo.judge.answerer import Served
-from megatron_fapo.judge.ask import Asker
+from megatron_fapo.judge.ask import Asker, count_votes
 from megatron_fapo.judge.judge import Judge, Rules, StepEnd
 from megatron_fapo.judge.places import Places
 from megatron_fapo.judge.settings import CascadeSettings, JudgeSettings
@@ -382,6 +383,24 @@ def test_errors_on_purpose_come_at_their_rates_and_are_the_same_for_the_same_sol
     assert {verdict.p_flawed for verdict in first if not verdict.flawed} == {0.0}
     again, _ = judge_group(solutions[::-1], server=server, settings=settings, gap=0.0)
     assert [v.first_wrong for v in again[::-1]] == [v.first_wrong for v in first]
+
+
+def test_each_vote_errs_by_itself():
+    """Of three votes that are each turned round in 3 of 10, two in 21.6 %."""
+    server = ModelledServer(lambda request, index: (SECOND_IS_WRONG, 1.0))
+    settings = JudgeSettings(probe_share=0.0, votes=3, temperature=1.0, errors={"missed": 0.3})
+    found, _ = judge_group([f"bad {number}\n\nb" for number in range(1000)], server=server, settings=settings, gap=0.0)
+    assert {round(3 * verdict.p_flawed, 6) for verdict in found} == {0.0, 1.0, 2.0, 3.0}
+    assert sum(verdict.p_flawed for verdict in found) / 1000 == pytest.approx(0.7, abs=0.03)
+    assert sum(not verdict.flawed for verdict in found) / 1000 == pytest.approx(0.216, abs=0.04)
+
+
+def test_in_which_order_votes_come_makes_no_difference():
+    texts = [(rf"{words} \boxed{{{index}}}", True) for words, index in (("b", 1), ("a", 2), ("c", -1), ("a", 1))]
+    texts.append(("no box", True))
+    spoil = lambda indices: [-1, *indices[1:]]  # noqa: E731 - the first that is counted, whichever came first
+    found = {str(count_votes(list(order), 3, 7, spoil=spoil)) for order in itertools.permutations(texts)}
+    assert len(found) == 1
 
 
 def test_a_correction_by_measured_rates_that_makes_the_skip_lossy_switches_it_off():
