@@ -401,11 +401,24 @@ class JudgeAudit:
     """Youden's J = TPR - FPR."""
     alarm: bool
     """Whether all of J's interval is below what the settings ask for."""
+    short: "ShortAudit | None"
+    """The cascade's part of the errors; None without a cascade."""
 
 
-AuditCounts = tuple[tuple[int, int, int, int, float, float], ...]
-"""(true positive, false negative, false positive, true negative) of each of the last steps, and the sums of P(flawed)
-over the flawed and over the clean rollouts."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortAudit:
+    """What the cascade's short verdicts get wrong."""
+
+    missed: Interval
+    """Ended as clean by a short verdict, of those that the reference calls flawed."""
+    invented: Interval
+    """Ended as flawed by one, of those that it calls clean."""
+    alarm: bool
+    """Whether either is surely more than the thresholds were chosen for."""
+
+
+AuditCounts = tuple[tuple[int, int, int, int, int, int, float, float], ...]
+"""What an audit counts in each of the last steps: `judge.audit.Counts`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -433,7 +446,7 @@ class RunState:
 
     def __post_init__(self) -> None:
         # from JSON it comes as lists
-        object.__setattr__(self, "audit", tuple((tp, fn, fp, tn, p, q) for tp, fn, fp, tn, p, q in self.audit))
+        object.__setattr__(self, "audit", tuple(tuple(row) for row in self.audit))
 
     def after(self, prompts: int, audit: AuditCounts = ()) -> "RunState":
         """The state one step later, `prompts` further in the stream."""

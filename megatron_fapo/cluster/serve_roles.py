@@ -126,7 +126,8 @@ def _sampler(
     audit = None
     if answerer is not None and judge.audit is not None:
         reference = _reference(judge.audit, answerer, judge, config.train.seed)
-        audit = Audit(judge.audit, reference, soft=config.algorithm.reward.penalty == "soft")
+        soft = config.algorithm.reward.penalty == "soft"
+        audit = Audit(judge.audit, reference, soft=soft, cascade=judge.cascade)
     rules = Rules(
         judge=judge, algorithm=config.algorithm, group_size=rollout.group_size, max_tokens=rollout.max_new_tokens
     )

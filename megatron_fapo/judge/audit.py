@@ -8,15 +8,15 @@ raises an alarm.
 import hashlib
 import logging
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 from megatron_fapo.algorithm.rewards import Rates
 from megatron_fapo.errors import JudgeError
 from megatron_fapo.judge.ask import Asker
-from megatron_fapo.judge.settings import AuditSettings
-from megatron_fapo.records import AuditCounts, Group, Interval, JudgeAudit, Prompt, Rollout, Verdict
+from megatron_fapo.judge.settings import AuditSettings, CascadeSettings
+from megatron_fapo.records import AuditCounts, Group, Interval, JudgeAudit, Prompt, Rollout, ShortAudit, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ Z = 1.96
 """Standard deviations of a two-sided 95 % interval."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Counts:
     """Verdicts against the reference."""
 
@@ -32,19 +32,34 @@ class Counts:
     fn: int = 0
     fp: int = 0
     tn: int = 0
+    short_fn: int = 0
+    """Of `fn`, those that the cascade ended."""
+    short_fp: int = 0
+    """Of `fp`, those that the cascade ended."""
+    p_flawed: float = 0.0
+    """Sum of the judge's P(flawed) over the flawed rollouts."""
+    p_clean: float = 0.0
+    """The same over the clean ones."""
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(tp=self.tp + other.tp, fn=self.fn + other.fn, fp=self.fp + other.fp, tn=self.tn + other.tn)
+        return Counts(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[bool, bool]]) -> "Counts":
         """From (flagged by the judge, flawed by the reference)."""
-        found = list(pairs)
-        return cls(
-            tp=found.count((True, True)),
-            fn=found.count((False, True)),
-            fp=found.count((True, False)),
-            tn=found.count((False, False)),
+        found = Counter(pairs)
+        return cls(found[True, True], found[False, True], found[True, False], found[False, False])
+
+    @classmethod
+    def of_verdicts(cls, audited: Sequence[tuple[Verdict, bool]]) -> "Counts":
+        """From (verdict, flawed by the reference)."""
+        short = [(verdict, flawed) for verdict, flawed in audited if verdict.short]
+        return replace(
+            cls.of((verdict.flawed, flawed) for verdict, flawed in audited),
+            short_fn=sum(flawed and not verdict.flawed for verdict, flawed in short),
+            short_fp=sum(verdict.flawed and not flawed for verdict, flawed in short),
+            p_flawed=sum(verdict.p_flawed for verdict, flawed in audited if flawed),
+            p_clean=sum(verdict.p_flawed for verdict, flawed in audited if not flawed),
         )
 
     @property
@@ -82,17 +97,24 @@ class Audit:
     """The counts of the last steps. `label` asks the reference; `note` takes a step in; `rates` is what they say.
 
     With `soft` the reward takes the judge's probability p of a flaw instead of its flag, so the rates that it is
-    corrected by are the means of p: over votes they are those of one vote, not of what the votes decide.
+    corrected by are the means of p: over votes they are those of one vote, not of what the votes decide. Of a `cascade`
+    it measures what its short verdicts get wrong.
     """
 
-    def __init__(self, settings: AuditSettings, reference: Asker | None, *, soft: bool = False) -> None:
+    def __init__(
+        self,
+        settings: AuditSettings,
+        reference: Asker | None,
+        *,
+        soft: bool = False,
+        cascade: CascadeSettings | None = None,
+    ) -> None:
         self._settings = settings
         self._reference = reference
         """None where the task's own oracle is the reference."""
         self._soft = soft
+        self._cascade = cascade
         self._steps: deque[Counts] = deque(maxlen=settings.window)
-        self._p: deque[tuple[float, float]] = deque(maxlen=settings.window)
-        """Sums of p over the flawed and over the clean rollouts of the same steps."""
         self._audited = 0
 
     async def label(
@@ -118,9 +140,7 @@ class Audit:
             if judged.audit is not None and isinstance(judged.verdict, Verdict)
         ]
         self._audited = len(audited)
-        self._steps.append(Counts.of((verdict.flawed, flawed) for verdict, flawed in audited))
-        flawed, clean = (sum(v.p_flawed for v, truth in audited if truth is kind) for kind in (True, False))
-        self._p.append((flawed, clean))
+        self._steps.append(Counts.of_verdicts(audited))
         found = self.found
         if found.alarm:
             said = (
@@ -131,6 +151,12 @@ class Audit:
             if self._settings.stop:
                 raise JudgeError(f"{said}; refresh the judge, or lower the bar")
             log.warning(said)
+        if found.short is not None and found.short.alarm:
+            log.warning(
+                f"over the last {len(self._steps)} steps the cascade ended {found.short.missed.value:.1%} of the "
+                f"flawed solutions as clean and {found.short.invented.value:.1%} of the clean ones as flawed, surely "
+                "more than judge.cascade.max_error: choose its thresholds again (tools/calibrate_judge.py)"
+            )
 
     @property
     def found(self) -> JudgeAudit:
@@ -139,7 +165,15 @@ class Audit:
         tpr, fpr = wilson(total.tp, total.flawed), wilson(total.fp, total.clean)
         j = difference(tpr, fpr)
         alarm = self._settings.min_j is not None and j.high < self._settings.min_j
-        return JudgeAudit(audited=self._audited, tpr=tpr, fpr=fpr, j=j, alarm=alarm)
+        return JudgeAudit(audited=self._audited, tpr=tpr, fpr=fpr, j=j, alarm=alarm, short=self._short(total))
+
+    def _short(self, total: Counts) -> ShortAudit | None:
+        if self._cascade is None:
+            return None
+        missed, invented = wilson(total.short_fn, total.flawed), wilson(total.short_fp, total.clean)
+        most = self._cascade.max_error
+        alarm = most is not None and max(missed.low, invented.low) > most
+        return ShortAudit(missed=missed, invented=invented, alarm=alarm)
 
     @property
     def rates(self) -> Rates | None:
@@ -150,8 +184,8 @@ class Audit:
         total = self._total
         if min(total.flawed, total.clean) < self._settings.enough:
             return None
-        flags = [sum(sums) for sums in zip(*self._p, strict=True)] if self._soft else [total.tp, total.fp]
-        rates = Rates(tpr=(flags[0] + 1) / (total.flawed + 2), fpr=(flags[1] + 1) / (total.clean + 2))
+        hits, false = (total.p_flawed, total.p_clean) if self._soft else (total.tp, total.fp)
+        rates = Rates(tpr=(hits + 1) / (total.flawed + 2), fpr=(false + 1) / (total.clean + 2))
         if rates.j <= 0:
             raise JudgeError(
                 f"the judge flags flawed solutions ({rates.tpr:.0%}) no more often than clean ones ({rates.fpr:.0%}), "
@@ -162,15 +196,12 @@ class Audit:
     @property
     def counts(self) -> AuditCounts:
         """The window, for the run's state."""
-        return tuple((c.tp, c.fn, c.fp, c.tn, *p) for c, p in zip(self._steps, self._p, strict=True))
+        return tuple(astuple(counts) for counts in self._steps)
 
     def restore(self, counts: AuditCounts) -> None:
         """Go on from a run's state."""
         self._steps.clear()
-        self._p.clear()
-        for tp, fn, fp, tn, flawed, clean in counts:
-            self._steps.append(Counts(tp=tp, fn=fn, fp=fp, tn=tn))
-            self._p.append((flawed, clean))
+        self._steps.extend(Counts(*row) for row in counts)
 
     @property
     def _total(self) -> Counts:

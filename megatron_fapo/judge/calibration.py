@@ -35,7 +35,7 @@ def thresholds(cases: Sequence[Scored], max_error: float) -> CascadeSettings:
     above = None if false is None else clean[false] if false < len(clean) else 0.0
     if above is not None and above < below:  # the two would overlap: each keeps to its side of the middle
         below = above = (above + below) / 2
-    return CascadeSettings(clean_below=below, flawed_above=above)
+    return CascadeSettings(clean_below=below, flawed_above=above, max_error=max_error)
 
 
 def _most_allowed(trials: int, max_error: float) -> int | None:

@@ -18,6 +18,10 @@ class CascadeSettings(Settings):
     """P(flawed) below which a solution counts as clean without a long verdict; 0 never."""
     flawed_above: Annotated[float, Field(ge=0, le=1)] | None = None
     """P(flawed) above which it counts as flawed; null never. The index is a guess then."""
+    max_error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """What the thresholds were chosen for: the most of the flawed solutions that may end as clean, and of the clean
+    ones that may end as flawed, without a long verdict. `judge.audit` measures both and warns when one is surely
+    more."""
 
     @model_validator(mode="after")
     def _leave_a_middle(self) -> Self:

@@ -93,7 +93,11 @@ def audit_metrics(audit: JudgeAudit | None) -> Metrics:
     if audit is None:
         return {}
     found = {"audit/rollouts": float(audit.audited), "audit/alarm": float(audit.alarm)}
-    for name, interval in (("tpr", audit.tpr), ("fpr", audit.fpr), ("j", audit.j)):
+    intervals = [("tpr", audit.tpr), ("fpr", audit.fpr), ("j", audit.j)]
+    if audit.short is not None:
+        found["audit/short_alarm"] = float(audit.short.alarm)
+        intervals += [("short_missed", audit.short.missed), ("short_invented", audit.short.invented)]
+    for name, interval in intervals:
         if not math.isnan(interval.value):
             found |= {f"audit/{name}{part}": value for part, value in (
                 ("", interval.value), ("_low", interval.low), ("_high", interval.high))}  # fmt: skip

@@ -17,7 +17,7 @@ from megatron_fapo.judge.answerer import Served
 from megatron_fapo.judge.ask import Asker
 from megatron_fapo.judge.audit import Audit, Counts, difference, wilson
 from megatron_fapo.judge.judge import Judge, Rules
-from megatron_fapo.judge.settings import AuditSettings, JudgeSettings, RatesSettings
+from megatron_fapo.judge.settings import AuditSettings, CascadeSettings, JudgeSettings, RatesSettings
 from megatron_fapo.observe.metrics import audit_metrics
 from megatron_fapo.records import Group, Interval, RunState
 from megatron_fapo.rollout.ahead import Ahead
@@ -113,6 +113,31 @@ def test_a_soft_penalty_is_corrected_by_the_mean_of_p_not_by_what_votes_decide()
     again = Audit(AuditSettings(), None, soft=True)
     again.restore(soft.counts)
     assert again.rates == soft.rates
+
+
+def test_the_cascade_s_own_errors_are_measured_and_named_once_they_are_sure(caplog):
+    """Of 40 flawed ones the cascade ended 12 as clean, of 60 clean ones 1 as flawed; others err at length."""
+
+    def group(short_fn: int) -> Group:
+        whole = audited(tp=20, fn=20, fp=3, tn=57)
+        short = [*range(20, 20 + short_fn), 40]
+        judged = [
+            dataclasses.replace(one, verdict=dataclasses.replace(one.verdict, short=True)) if place in short else one
+            for place, one in enumerate(whole)
+        ]
+        return dataclasses.replace(whole, judged=tuple(judged))
+
+    audit = Audit(AuditSettings(window=1), None, cascade=CascadeSettings(clean_below=0.1, max_error=0.1))
+    audit.note([group(4)])
+    assert (audit.found.short.missed.value, audit.found.short.invented.value) == (4 / 40, 1 / 60)
+    assert not audit.found.short.alarm
+    assert not caplog.text
+    audit.note([group(12)])
+    assert audit.found.short.alarm
+    assert "30.0% of the flawed solutions as clean" in caplog.text
+    metrics = audit_metrics(audit.found)
+    assert (metrics["audit/short_missed"], metrics["audit/short_alarm"]) == (0.3, 1.0)
+    assert Audit(AuditSettings(), None).found.short is None
 
 
 def test_too_few_leave_the_known_rates_in_place_and_measured_ones_replace_them():

@@ -27,7 +27,7 @@ def test_each_side_errs_less_than_allowed_even_at_the_end_of_its_interval(found,
 
 def test_too_few_cases_choose_nothing_and_many_separable_ones_end_all():
     few = [Scored(p_flawed=0.1, flawed=False, flagged=False, tokens=20)] * 5
-    assert thresholds(few, 0.05) == CascadeSettings(clean_below=0.0)
+    assert thresholds(few, 0.05) == CascadeSettings(clean_below=0.0, max_error=0.05)
     clean = [Scored(p_flawed=0.1, flawed=False, flagged=False, tokens=20)] * 200
     flawed = [Scored(p_flawed=0.9, flawed=True, flagged=True, tokens=20)] * 200
     chosen = thresholds(clean + flawed, 0.05)

@@ -48,6 +48,12 @@ RULES = (
         todo="Look at the flagged rollouts below; a better judge, or algorithm.reward.correct_rates.",
     ),
     Rule(
+        metric="audit/short_alarm",
+        above=0.5,
+        says=lambda _: "The cascade's short verdicts err more often than judge.cascade.max_error.",
+        todo="Choose its thresholds again on rollouts of the present policy: tools/calibrate_judge.py.",
+    ),
+    Rule(
         metric="mismatch/mean",
         above=0.05,
         level="bad",
