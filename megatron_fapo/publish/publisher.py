@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-from megatron_fapo.errors import WeightsError
+from megatron_fapo.errors import ServerUnreachable, WeightsError
 from megatron_fapo.held import differing
 from megatron_fapo.publish.interface import Exporter, WeightTransport
 from megatron_fapo.records import WeightVersion
@@ -19,12 +19,13 @@ T = TypeVar("T")
 
 
 async def settled(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order. Of several errors the first is raised, once nothing runs any more: who is left of the
-    receivers can then be sent everything again."""
+    """All results in order. An error is raised once nothing runs any more: who is left of the receivers can then be
+    sent everything again. Of several it is that of a server which is gone, as the others may follow from that one.
+    """
     results = await asyncio.gather(*work, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    errors = [result for result in results if isinstance(result, BaseException)]
+    if errors:
+        raise next((error for error in errors if isinstance(error, ServerUnreachable)), errors[0])
     return [result for result in results if not isinstance(result, BaseException)]
 
 

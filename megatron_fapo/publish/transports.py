@@ -127,9 +127,21 @@ class ProcessGroup(SharedMemory):
         self._settings, self._name, self._count = settings, name, 0
 
     async def send(self, exporter: Exporter, receivers: Sequence[WeightReceiver]) -> list[Bucket]:
-        """Meet, send bucket after bucket, part."""
-        settings, self._count = self._settings, self._count + 1
+        """Meet, send bucket after bucket, part; after a failure, those who are left part too."""
+        self._count += 1
         self._group = f"fapo-{self._name}-{self._count}"
+        try:
+            sent = await self._send(exporter, receivers)
+        except Exception:
+            leaving = [receiver.leave_group(self._group) for receiver in receivers]
+            await asyncio.gather(*leaving, return_exceptions=True)
+            raise
+        await exporter.close_group()
+        await settled([receiver.leave_group(self._group) for receiver in receivers])
+        return sent
+
+    async def _send(self, exporter: Exporter, receivers: Sequence[WeightReceiver]) -> list[Bucket]:
+        settings = self._settings
         ranks = [(await receiver.layout()).tensor_parallel for receiver in receivers]
         world = 1 + sum(ranks)
         host, port = await exporter.open_group(
@@ -143,8 +155,6 @@ class ProcessGroup(SharedMemory):
         while (bucket := await exporter.next_bucket(str(self._segments[0]), self._nbytes)) is not None:
             await self._deliver(exporter, bucket, len(sent), receivers)
             sent.append(bucket)
-        await exporter.close_group()
-        await settled([receiver.leave_group(self._group) for receiver in receivers])
         return sent
 
     async def _deliver(
