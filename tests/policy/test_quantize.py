@@ -1,5 +1,6 @@
 """FP8 weights: within e4m3's rounding of what they were, under the names and shapes that SGLang expects."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,20 +10,11 @@ from megatron_fapo.errors import DataError
 from megatron_fapo.fp8 import BLOCK, LARGEST, RELATIVE_ERROR, SMALLEST_STEP, Fp8, plan
 from megatron_fapo.policy import quantize as module
 from megatron_fapo.policy.quantize import allowed, blockwise, dequantize, per_tensor, quantize
+from tests.policy import modelopt_fp8
+from tests.policy.modelopt_fp8 import drawn
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
-
-
-def drawn(seed: int, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """A matrix whose rows and columns differ by up to 2^30 in size, with zeros."""
-    noise = torch.Generator().manual_seed(seed)
-    sizes = (
-        2.0 ** torch.randint(-20, 10, (rows, 1), generator=noise),
-        2.0 ** torch.randint(-10, 10, (1, columns), generator=noise),
-    )
-    matrix = torch.randn(rows, columns, generator=noise) * sizes[0] * sizes[1]
-    return matrix.masked_fill(torch.rand(rows, columns, generator=noise) < 0.1, 0.0).to(dtype)
 
 
 @given(
@@ -69,20 +61,12 @@ def test_zeros_stay_zeros_and_the_smallest_numbers_do_not_become_nan():
             assert dequantize(values, scale).abs().max() <= 1e-40
 
 
-@pytest.mark.long
-def test_modelopt_gives_the_same_bits():
-    qtensor = pytest.importorskip(
-        "modelopt.torch.quantization.qtensor", reason="nvidia-modelopt is not installed; nothing else needs it"
-    )
-    matrix = drawn(3, 300, 290, torch.float32)
-    blocks, scales = qtensor.FP8QTensor.quantize(matrix, block_sizes={-1: BLOCK, -2: BLOCK})
-    whole, scale = qtensor.FP8QTensor.quantize(matrix)
-    for (values, ours), (theirs, reach) in (
-        (blockwise(matrix), (blocks._quantized_data, scales)),
-        (per_tensor(matrix), (whole._quantized_data, scale.view(1))),
-    ):
-        assert torch.equal(values.view(torch.uint8), theirs.contiguous().view(torch.uint8))
-        assert torch.equal(ours, reach)
+def test_the_bits_are_those_of_modelopt():
+    theirs = np.load(modelopt_fp8.FILE)
+    for form in (blockwise, per_tensor):
+        values, scale = form(modelopt_fp8.matrix())
+        assert np.array_equal(values.view(torch.uint8).numpy(), theirs[f"{form.__name__}_values"])
+        assert np.array_equal(scale.numpy(), theirs[f"{form.__name__}_scale"])
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
