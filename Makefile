@@ -10,7 +10,10 @@ NEXT := .venvs/mcore-next
 VENV := .venv
 BIN := $(VENV)/bin
 SGLANG := .venvs/sglang
+# Test files run side by side: many of their seconds are waits for servers and ranks that start.
+WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart results site test test-all sglang-cpu test-gpu test-mcore-next check lint format types layers locks docs warm-start clean
@@ -34,10 +37,10 @@ results: install ## three seeds an arm, the numbers of docs/results.md
 	$(BIN)/python examples/clock/quickstart.py --out runs/results --seeds 1 2 3
 
 test: install check ## lint, types, layers and the tests (minutes)
-	$(PYTEST) -m "not long and not gpu"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not long and not gpu"
 
 test-all: test sglang-cpu ## the long tests as well
-	$(PYTEST) -m "long and not gpu"
+	$(PYTEST) $(SIDE_BY_SIDE) --durations 15 -m "long and not gpu"
 
 sglang-cpu: $(SGLANG)/.installed ## SGLang for the CPU, in an environment of its own (1.8 GB)
 
@@ -54,7 +57,7 @@ test-gpu: install ## tests that need a CUDA device
 	$(PYTEST) -m gpu
 
 test-mcore-next: $(NEXT)/.installed ## tests of the policy on Python 3.12 with the newer megatron-core
-	OMP_NUM_THREADS=1 $(NEXT)/bin/pytest -m "not gpu" tests/policy tests/compat
+	OMP_NUM_THREADS=1 $(NEXT)/bin/pytest $(SIDE_BY_SIDE) -m "not gpu" tests/policy tests/compat
 
 $(NEXT)/.installed: pyproject.toml setup.py
 	@test -n "$(PYTHON_NEXT)" || { echo "Python 3.12 is needed and was not found: make PYTHON_NEXT=/path/to/python3.12"; exit 1; }
