@@ -386,7 +386,10 @@ def read_shape(folder: Path | str) -> dict[str, Any]:
     """What `shape_file` holds. Raises ConfigError when there is none, or it is not JSON."""
     path = shape_file(folder)
     if path is None:
-        raise ConfigError(f"{folder}: no Hugging Face model there (config.json is missing), and none known by its name")
+        raise ConfigError(
+            f"{folder}: no Hugging Face model there (config.json is missing), and none of its name in "
+            f"{SHAPES.absolute()}; paths count from the present folder"
+        )
     try:
         return dict(json.loads(path.read_text()))
     except ValueError as error:

@@ -87,6 +87,9 @@ def command(
         judge = JudgeAt(model, url, endpoint, name, key)
         agreed = _ask(found, judge, labels, settings or [], _beside(out, "labels"), seed)
     data = critic_data.assemble(found, agreed, balance=balance, seed=seed, dropped=dropped)
+    if not data.rows:
+        why = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+        raise DataError(f"{out} is not written, no solution is left: {why or 'no rollouts in the named steps'}")
     _write(out, data.critic() if rows == "critic" else data.bench(), lines=rows == "critic")
     _tell(data, out, as_json)
     missing = sum(solution.id not in agreed for solution in found)
@@ -189,8 +192,6 @@ def _append(path: Path, value: object) -> None:
 
 
 def _write(out: Path, rows: list[dict[str, Any]], *, lines: bool) -> None:
-    if not rows:
-        raise DataError("no solution is left: see the counts")
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows))

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from megatron_fapo.cli.arguments import ConfigPath, Overrides
 from megatron_fapo.config import Config, read_config
+from megatron_fapo.errors import ConfigError
 from megatron_fapo.plan.advice import advice, bottleneck
 from megatron_fapo.plan.assumptions import GIGA, card, overridden
 from megatron_fapo.plan.deployment import deployment, summary
@@ -41,7 +42,9 @@ def command(
     config: ConfigPath,
     overrides: Overrides = None,
     card_name: Annotated[str, typer.Option("--card", help="GPU: h100, h200, a100 or b200.")] = "h100",
-    gpus: Annotated[int | None, typer.Option(help="On so many GPUs: scales data parallelism and servers.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="On so many GPUs: scales data parallelism and servers.")
+    ] = None,
     placement: Annotated[
         Placement | None,
         typer.Option(help="Ranks and servers in turn on the same GPUs, or apart. [default: as configured]"),
@@ -50,9 +53,12 @@ def command(
         JudgePlace,
         typer.Option(help="The judge on GPUs of its own, beside every policy server, or after the last rollout."),
     ] = JudgePlace.slice,
-    judge_gpus: Annotated[int | None, typer.Option(help="GPUs of the judge's slice. [default: as configured]")] = None,
+    judge_gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of the judge's slice. [default: as configured]")
+    ] = None,
     mean: Annotated[
-        float | None, typer.Option("--mean-tokens", help="Tokens of a mean response. [default: 1/8 of the limit]")
+        float | None,
+        typer.Option("--mean-tokens", min=1, help="Tokens of a mean response. [default: 1/8 of the limit]"),
     ] = None,
     assume: Annotated[
         list[str] | None, typer.Option(help="NAME=NUMBER in place of an assumption (docs/planner.md).")
@@ -63,7 +69,8 @@ def command(
     ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps to simulate.")] = 2,
     dead_server: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="A policy server dies so long into each step's generation.")
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="A policy server dies so long into each step's generation."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON instead of tables; the last line has the shares.")
@@ -75,6 +82,13 @@ def command(
     does not fit.
     """
     settings, assumptions = read_config(config, overrides or ()), overridden(assume or [])
+    limit = settings.rollout.max_new_tokens
+    if mean is not None and mean >= limit:
+        raise ConfigError(
+            f"--mean-tokens {mean:g}: must be below rollout.max_new_tokens = {limit}, where responses end"
+        )
+    if dead_server is not None and not simulated:
+        raise ConfigError("--dead-server needs --simulate: nobody dies in a closed form")
     made = deployment(
         settings,
         card(card_name),
@@ -172,7 +186,8 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _time_table(plan: Plan) -> Table:
-    table = Table("phase", "seconds", "", title="One step, before the judge is hidden behind generation")
+    hidden = "" if plan.judge is None else ", before the judge is hidden behind generation"
+    table = Table("phase", "seconds", "", title=f"One step{hidden}")
     table.add_row("generate", f"{plan.generate.seconds:.1f}", f"no placement is faster than {plan.generate.floor:.1f}")
     if plan.judge is not None:
         table.add_row("judge", f"{plan.judge.seconds:.1f}", "all solutions at once")

@@ -143,7 +143,8 @@ def _refuse_bad(result: Prepared, skip_bad: bool) -> None:
     if bad and not skip_bad:
         more = f"\nand {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         listed = "\n".join(bad[:NAMED])
-        raise DataError(f"{len(bad)} rows cannot be used; --skip-bad leaves them out:\n{listed}{more}")
+        mend = "--skip-bad leaves them out, --column OURS=THEIRS reads a column of another name"
+        raise DataError(f"{len(bad)} rows cannot be used; {mend}:\n{listed}{more}")
 
 
 def _write(result: Prepared, out: Path) -> None:

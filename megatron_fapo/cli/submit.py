@@ -19,6 +19,8 @@ from megatron_fapo.errors import ConfigError
 
 EXAMPLE = "Example: fapo submit configs/clock/fapo.yaml --nodes 2 --dry-run policy.parallel.data=2"
 TEMPLATE = Path(__file__).parent / "assets" / "job.sbatch"
+TIME_LIMIT = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+"""What sbatch takes: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS and so on."""
 RAY_DEADLINE = 300
 """Seconds for Ray to start on the first node."""
 
@@ -58,6 +60,8 @@ def command(
     """Submit a run to Slurm: Ray on every node, the loop on the first; it saves, queues itself again, and resumes."""
     on_slurm = [*(overrides or ()), f"cluster.nodes={nodes}", "cluster.ray_address=set-by-the-job"]
     settings = read_config(config, on_slurm)
+    if not TIME_LIMIT.fullmatch(time):
+        raise ConfigError(f"--time {time}: write it as Slurm does: MINUTES, HOURS:MINUTES:SECONDS, or DAYS-HOURS")
     check_gpus(settings, gpus)
     if container is None:  # in a container other paths may hold
         check_surroundings(settings)

@@ -4,6 +4,7 @@ None of these was fitted to a number that `docs/planner.md` checks against. Wher
 "assumed", and the table of sensitivities shows what it matters.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -184,4 +185,9 @@ def overridden(pairs: list[str]) -> Assumptions:
             values[name] = float(text)
         except ValueError:
             raise ConfigError(f"--assume {pair}: write it as name=number") from None
+        unit = Assumptions.about(name)["unit"]
+        if not 0.0 < values[name] < math.inf:
+            raise ConfigError(f"--assume {pair}: must be above 0")
+        if unit.startswith("of ") and values[name] > 1.0:
+            raise ConfigError(f"--assume {pair}: a fraction {unit}, at most 1")
     return Assumptions(**values)

@@ -130,7 +130,8 @@ def messages_of(row: Row) -> tuple[Message, ...]:
     """Field `prompt` as a chat. Raises ValueError when it is none."""
     turns = row.get("prompt")
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise ValueError(f"prompt must be a list of messages, found {turns!r:.100}")
+        columns = ", ".join(map(str, row)) or "no columns"
+        raise ValueError(f"prompt must be a list of messages, found {turns!r:.100}; the row has {columns:.200}")
     messages = []
     for turn in turns:
         match turn:

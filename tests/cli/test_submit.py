@@ -1,10 +1,13 @@
 """The batch script that `fapo submit` writes; tests/slurm runs it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_fapo.cluster.ray_session import QUIET
 
 ROOT = Path(__file__).parents[2]
 FAPO = str(Path(sys.executable).parent / "fapo")
@@ -46,6 +49,12 @@ def test_the_users_options_become_directives():
     assert "--num-cpus=8" in script, "Ray gets a slot for each rank of a node"
 
 
+def test_ray_is_told_what_our_own_ray_is_told():
+    """Above all that ranks are no background work: at Ray's niceness of 15 they starve beside other processes."""
+    script = submit("--dry-run")
+    assert all(re.search(rf"^export .*\b{name}={value}\b", script, re.MULTILINE) for name, value in QUIET.items())
+
+
 def test_overrides_and_paths_reach_the_run_as_they_were_typed(tmp_path):
     script = submit("--run", str(tmp_path / "it's"), "train.arm=$(id) 'x'", "--dry-run")
     line = next(line for line in script.splitlines() if "train.arm" in line)
@@ -71,6 +80,7 @@ def test_a_container_gets_its_image_its_mounts_and_its_own_programs(image):
         (["--mount", "/data:/data"], "--mount needs --container"),
         (["--container", "image", "--mount", "/data"], "--mount /data: SOURCE:TARGET is needed"),
         (["train.stpes=3"], "did you mean 'steps'"),
+        (["--time", "four hours"], "--time four hours: write it as Slurm does"),
     ],
 )
 def test_what_cannot_work_is_refused_before_it_waits_in_a_queue(arguments, message):

@@ -111,8 +111,24 @@ def test_unknown_names_are_refused() -> None:
         overridden(["mfu=0.5"])
     with pytest.raises(ConfigError, match="name=number"):
         overridden(["dense_mfu=high"])
+    with pytest.raises(ConfigError, match="a fraction of 1, at most 1"):
+        overridden(["right=1.5"])
+    with pytest.raises(ConfigError, match="spread=nan: must be above 0"):
+        overridden(["spread=nan"])
     with pytest.raises(ConfigError, match="4 GPUs are too few"):
         deployment(read_config(RUN_32B), card("h100"), gpus=4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mean-tokens", "20480"], "must be below rollout.max_new_tokens = 20480"),
+        (["--dead-server", "30"], "--dead-server needs --simulate"),
+        (["policy.model=models/mine"], "and none of its name in"),
+    ],
+)
+def test_the_command_says_what_cannot_be(words: list[str], message: str) -> None:
+    assert message in fapo("plan", "configs/qwen2.5-32b.yaml", *words, status=1)
 
 
 def test_the_command_ends_with_the_shares() -> None:
