@@ -358,7 +358,7 @@ def _at(values: Any, *keys: str) -> Any:
 
 
 def _fixed_ports(server: ServerSettings) -> list[int]:
-    return [server.port + place for place in range(server.count)] if server.port else []
+    return [server.port + place for place in range(server.places)] if server.port else []
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:

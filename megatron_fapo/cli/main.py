@@ -17,6 +17,7 @@ from megatron_fapo.cli import (
     prepare_data,
     report,
     serve,
+    servers,
     submit,
     train,
 )
@@ -34,6 +35,7 @@ for command in (
     train,
     eval,
     serve,
+    servers,
     convert,
     report,
     bench_judge,

@@ -9,6 +9,7 @@ driver (this process: loop, sampler, judge scheduling, sinks)
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from megatron_fapo.run.folder import RunFolder
 from megatron_fapo.serving.group import ServerGroup
 from megatron_fapo.tasks.interface import Task
 from megatron_fapo.trace import Phase, Switch
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -63,7 +66,13 @@ class Cluster:
         return self.models["policy"]
 
     async def publish(self, version: int) -> WeightVersion:
-        """The policy's present weights to its servers, confirmed by checksum. Start, resume and each step alike."""
+        """The policy's present weights to its servers, confirmed by checksum. Start, resume and each step alike.
+
+        Before, servers that somebody asked for (`fapo servers`) begin to start, and such as are no longer wanted leave.
+        """
+        for role, count in self.folder.servers_asked_for().items():
+            log.warning("%s: %d servers from step %d on", role, count, version)
+            self.servers[role].resize(count)
         self.policy.ranks.step = version
         await self._enter("publish")
         weights = await self.weights.publish(version)
@@ -147,6 +156,7 @@ async def open_cluster(
 
     They start side by side, but where they share devices: a server sizes its cache by the memory that it finds.
     """
+    folder.servers_asked_for()  # of a run that has ended: this one begins with what its configuration says
     async with AsyncExitStack() as stack:
         phases, publishing = None, config.publish
         if config.cluster.placement == "split" and not config.cluster.servers_elsewhere:

@@ -116,7 +116,7 @@ class Hosts:
 
     def starts(self, config: Config) -> dict[Role, Start]:
         """How the servers of each role are started: each on its seat. Raises ConfigError where they do not fit."""
-        wishes = {role: Wish(count=server.count, gpus=server.gpus) for role, server in config.started_servers()}
+        wishes = {role: Wish(count=server.places, gpus=server.gpus) for role, server in config.started_servers()}
         placed = seats(wishes, nodes=len(self.actors), gpus=self.gpus)
         return {role: self._start(places) for role, places in placed.items()}
 

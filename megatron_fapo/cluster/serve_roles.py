@@ -66,7 +66,7 @@ async def open_servers(
     settings = {}
     for role in roles:
         settings[role] = config.server(role).on_gpus_from(gpus_taken)
-        gpus_taken += settings[role].count * settings[role].gpus
+        gpus_taken += settings[role].places * settings[role].gpus
         if hosts is not None:
             settings[role] = hosts.with_key(settings[role])
     async with AsyncExitStack() as stack:

@@ -7,6 +7,7 @@
     RUN/checkpoints/step-N/    the model's files, their manifest.json, and state.json, written last
     RUN/checkpoints/latest     a link to the newest of them
     RUN/logs/                  servers and ranks
+    RUN/servers.json           {role: servers wanted from the next step on}, until the run has read it
     RUN/model/                 the final policy for Hugging Face
 
 A checkpoint is written under a hidden name and renamed when all of it is on disk, so what looks finished is.
@@ -15,12 +16,13 @@ A checkpoint is written under a hidden name and renamed when all of it is on dis
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_fapo import manifest
 from megatron_fapo.errors import CheckpointDamaged, ResumeError
-from megatron_fapo.records import RunState
+from megatron_fapo.records import Role, RunState
 from megatron_fapo.run.settings import CheckpointSettings
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.config = self.path / "config.yaml"
+        self.wanted = self.path / "servers.json"
 
     def create(self) -> None:
         """Make the folders."""
@@ -47,6 +50,19 @@ class RunFolder:
     def started(self) -> bool:
         """Whether a run was started here before."""
         return self.config.exists()
+
+    def ask_for_servers(self, counts: Mapping[Role, int]) -> None:
+        """Tell the run that goes on here how many servers each of these roles shall have."""
+        manifest.write_durably(self.wanted, json.dumps(counts))
+
+    def servers_asked_for(self) -> dict[Role, int]:
+        """What was asked since the last call."""
+        try:
+            asked = self.wanted.read_text()
+        except FileNotFoundError:
+            return {}
+        self.wanted.unlink()
+        return dict(json.loads(asked))
 
     def open_checkpoint(self, step: int) -> Path:
         """An empty folder for the model to write into; what interrupted saves left behind goes."""

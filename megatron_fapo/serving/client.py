@@ -235,6 +235,14 @@ class ServerClient:
         """What the server says about itself."""
         return await self._json("GET", "/get_server_info", None)
 
+    async def unfinished(self) -> int:
+        """Samples that the server generates or keeps waiting, whoever asked for them."""
+        info = await self.info()
+        if info.get("engine") == "embedded":
+            return int(info["running"]) + int(info["waiting"])
+        loads = (await self._json("GET", "/v1/loads?include=core", None))["loads"]
+        return sum(int(load["num_running_reqs"]) + int(load["num_waiting_reqs"]) for load in loads)
+
     async def weight_version(self) -> str:
         """The name of the weights that it generates with now; "default" before the first update."""
         return str((await self._json("GET", "/get_model_info", None))["weight_version"])

@@ -33,6 +33,8 @@ class Member:
     client: ServerClient
     ready: bool = True
     """Whether it holds the weights that the group generates with, so that it may be asked."""
+    leaving: bool = False
+    """Whether it only finishes what it was asked."""
     outstanding: int = 0
     """Samples asked of it that have not arrived."""
 
@@ -43,6 +45,10 @@ async def _nobody(client: ServerClient) -> bool:
 
 async def _has_them(client: ServerClient) -> bool:
     return True
+
+
+def _fixed(count: int) -> None:
+    raise ServerError("nobody keeps these servers, so none can be added or removed")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +63,8 @@ class Hooks:
     """Bring the group's present weights to a server that was started again. False: the next update brings them."""
     room: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
     """Held while a server is started again and joins the group: where devices are shared, it waits for their turn."""
+    resize: Callable[[int], None] = _fixed
+    """From now on so many servers are wanted: start some, or let some leave."""
     retried: Callable[[int], None] = lambda samples: None
     """So many samples are asked again, their server having died."""
     restarted: Callable[[], None] = lambda: None
@@ -120,14 +128,14 @@ class ServerGroup:
 
     @property
     def clients(self) -> tuple[ServerClient, ...]:
-        """The servers that live, those whose weights are behind included: what an update must reach."""
-        return tuple(member.client for member in self._members)
+        """The servers that live and stay, those whose weights are behind included: what an update must reach."""
+        return tuple(member.client for member in self._members if not member.leaving)
 
     # Who belongs to it.
 
     def may_ask(self, client: ServerClient) -> bool:
         """Whether this server is one of the group's and holds the present weights."""
-        return any(member.client is client and member.ready for member in self._members)
+        return any(member.client is client and member.ready and not member.leaving for member in self._members)
 
     def lose(self, client: ServerClient) -> None:
         """A server has died and is being started again; its requests go on elsewhere."""
@@ -137,14 +145,40 @@ class ServerGroup:
             self._tell()
 
     def gain(self, client: ServerClient) -> None:
-        """A server has been started again. It is asked nothing until `admit`."""
+        """A server that was lost, or expected, has been started. It is asked nothing until `admit`."""
         self._coming -= 1
         self._members.append(Member(client=client, ready=False))
         self._tell()
 
     def give_up(self) -> None:
-        """A server that was lost does not come again."""
+        """A server that was lost, or expected, does not come."""
         self._coming -= 1
+        self._tell()
+
+    def resize(self, count: int) -> None:
+        """So many servers from now on. Those that come hold the present weights before they are asked anything; those
+        that leave first finish what they were asked."""
+        self.hooks.resize(count)
+
+    def expect(self) -> None:
+        """A server more is being started; `gain` or `give_up` follows."""
+        self._coming += 1
+
+    def retire(self, client: ServerClient) -> None:
+        """Ask this server nothing more; `part` follows."""
+        for member in self._members:
+            member.leaving = member.leaving or member.client is client
+        self._tell()
+
+    async def busy(self, client: ServerClient) -> bool:
+        """Whether a server still generates what it was asked; what came through the router only the server knows."""
+        if any(member.client is client and member.outstanding for member in self._members):
+            return True
+        return self._router is not None and await client.unfinished() > 0
+
+    def part(self, client: ServerClient) -> None:
+        """A server has left."""
+        self._members = [member for member in self._members if member.client is not client]
         self._tell()
 
     def fail(self, error: FapoError) -> None:
@@ -155,7 +189,7 @@ class ServerGroup:
     async def admit(self, clients: Sequence[ServerClient]) -> None:
         """These servers hold the present weights: they may be asked."""
         for member in self._members:
-            if member.client in clients and not member.ready:
+            if member.client in clients and not member.ready and not member.leaving:
                 if self._router is not None:
                     try:
                         await self._router.add(member.client)
@@ -168,7 +202,7 @@ class ServerGroup:
 
     async def some(self) -> tuple[ServerClient, ...]:
         """`clients`, once there is one. Raises what is known of their end when none will come."""
-        while not self._members:
+        while not self.clients:
             await self._change()
         return self.clients
 
@@ -181,7 +215,7 @@ class ServerGroup:
         """Come back when the membership has changed; raise when nothing can be expected to change."""
         if self._failure is not None:
             raise self._failure
-        if not self._coming and all(member.ready for member in self._members):
+        if not self._coming and all(member.ready or member.leaving for member in self._members):
             self.hooks.diagnose()
             raise error or ServerUnreachable("no server is left")
         await self._changed.wait()
@@ -258,7 +292,7 @@ class ServerGroup:
         while True:
             if self._failure is not None:
                 raise self._failure
-            ready = [member for member in self._members if member.ready]
+            ready = [member for member in self._members if member.ready and not member.leaving]
             if ready and self._router is not None:
                 if attempt.routed >= _ROUTED_TRIES and attempt.error is not None:
                     raise attempt.error

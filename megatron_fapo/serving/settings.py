@@ -101,6 +101,9 @@ class ServerSettings(Settings):
     """Port of the first server, the next ones follow it; 0 lets the system pick free ones."""
     count: Positive = 1
     """Server processes in the group."""
+    max_count: Positive | None = None
+    """Server processes that the group may be given while the run goes on (`fapo servers`): ports and GPUs are kept for
+    so many. null: `count`."""
     threads: Positive = 1
     """CPU threads of each server."""
     max_running: Positive = 256
@@ -162,6 +165,17 @@ class ServerSettings(Settings):
                 f"host {self.host!r} is reachable from other machines: set api_key_file, or host 127.0.0.1"
             )
         return self
+
+    @model_validator(mode="after")
+    def _has_room_for_its_servers(self) -> Self:
+        if self.max_count is not None and self.max_count < self.count:
+            raise ValueError(f"max_count = {self.max_count} is less than count = {self.count}")
+        return self
+
+    @property
+    def places(self) -> int:
+        """Servers that ports and GPUs are kept for."""
+        return self.max_count or self.count
 
     @property
     def gpus(self) -> int:

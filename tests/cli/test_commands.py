@@ -18,6 +18,7 @@ COMMANDS = (
     "train",
     "eval",
     "serve",
+    "servers",
     "convert",
     "report",
     "submit",

@@ -297,6 +297,45 @@ def test_servers_killed_in_the_middle_of_a_step_come_back_and_no_digit_changes(w
 
 
 @pytest.mark.long
+def test_servers_are_added_and_removed_while_a_run_goes_on_and_no_digit_changes(whole, tmp_path):
+    """One policy server, then two, then one; a number that the run has no room for is refused."""
+    run = tmp_path / "resized"
+    process = start(run, "servers.policy.max_count=2", "train.steps=100", "checkpoint.every=0", "evaluation.every=0")
+    wait_for_steps(run, 1, process)
+    assert "keeps ports and GPUs for 2 (servers.policy.max_count" in servers(run, 3, status=1)
+    servers(run, 2)
+    while not (found := re.findall(r"serving \S+ on (\S+)", read(run / "logs" / "policy-1.log"))):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    while not (second := server_info(found[0]))["served"]:
+        assert process.poll() is None, process.communicate()[0]
+    assert int(second["weight_version"]) > 0
+    servers(run, 1)
+    while psutil.pid_exists(second["pid"]):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    wait_for_steps(run, max(5, len(lines(run)) + 2), process)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, status=STOPPED)
+    assert re.findall(r"policy: (\d) servers from step", output) == ["2", "1"]
+    alone = [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in timeless(whole)]
+    assert timeless(run)[:4] == alone[:4]
+    assert sum(line["servers/restarts"] + line["servers/retries"] for line in lines(run)) == 0
+
+
+def servers(run: Path, policy: int, status: int = 0) -> str:
+    """`fapo servers`; what it says."""
+    command = [FAPO, "servers", str(run), "--policy", str(policy)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == status, result.stderr
+    return " ".join((result.stdout + result.stderr).split())
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.long
 def test_a_judge_outside_of_the_run_gives_the_verdicts_of_one_inside(whole, tmp_path):
     """An OpenAI-compatible endpoint, here the embedded engine with the judge's model, asks for a key."""
     (tmp_path / "key").write_text("open sesame")

@@ -165,6 +165,60 @@ async def test_a_silent_server_is_replaced_and_the_next_update_brings_its_weight
     assert faults.retries == 3
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+async def test_servers_come_and_go_while_requests_run(models, tmp_path, request_for, prompts, router):
+    """One that comes gets no work before it holds the weights; one that leaves finishes what it has."""
+    faults = Faults()
+    faults.gate.clear()
+    requests = [
+        request_for(prompt, seeds=range(4), name=f"p{i}", max_new_tokens=200) for i, prompt in enumerate(prompts[:4])
+    ]
+    async with group_of_servers(models, tmp_path, faults, count=1, max_count=2, router=router) as group:
+        (first,) = group.clients
+        expected = tokens(await collect(group, requests))
+        group.resize(2)
+        await until(lambda: faults.came)
+        (second,) = faults.came
+        assert tokens(await collect(group, requests)) == expected
+        assert ((await second.info())["served"], group.may_ask(second)) == (0, False)
+        faults.gate.set()
+        await until(lambda: group.may_ask(second))
+        moved = [replace(r, ids=tuple(f"new-{rid}" for rid in r.ids)) for r in requests]
+        asking = asyncio.ensure_future(collect(group, moved))
+        while not (await second.info())["running"]:
+            await asyncio.sleep(0.01)
+        pid = await pid_of(second)
+        group.resize(1)
+        assert group.clients == (first,)
+        assert list(tokens(await asking).values()) == list(expected.values())
+        await until(lambda: not psutil.pid_exists(pid))
+        assert tokens(await collect(group, requests)) == expected
+        with pytest.raises(ServerError, match="3 servers are wanted, 1 to 2 can be had"):
+            group.resize(3)
+    assert (faults.retries, faults.restarts) == (0, 0)
+
+
+async def test_a_place_is_filled_again_that_is_wanted_while_its_server_leaves(models, tmp_path, request_for, prompts):
+    """Two servers; one of them is told to leave, killed while it still generates, and wanted again."""
+    faults = Faults()
+    request = request_for(prompts[0], seeds=range(4), max_new_tokens=300)
+    async with group_of_servers(models, tmp_path, faults, count=2) as group:
+        expected = tokens(await collect(group, [request]))
+        asking = asyncio.ensure_future(
+            collect(group, [request, replace(request, ids=tuple(f"o-r{i}" for i in range(4)))])
+        )
+        last = group.clients[1]
+        while not (await last.info())["running"]:
+            await asyncio.sleep(0.01)
+        group.resize(1)
+        os.kill(await pid_of(last), signal.SIGKILL)
+        group.resize(2)
+        assert tokens(await asking).items() >= expected.items()
+        await until(lambda: len(group.clients) == 2 and all(map(group.may_ask, group.clients)))
+        assert last not in group.clients
+    assert faults.retries == 4
+
+
 def test_what_belongs_to_a_group():
     assert group_of("s12-q-r3-x-r17") == group_of("s12-q-r3-x-r2-judge-a0-v1") == "s12-q-r3-x"
     assert group_of("alone") == "alone"
