@@ -104,7 +104,8 @@ class ServerGroup:
     samples that have not arrived, or waits until a dead one has been started again and holds the present weights;
     `deadline` bounds all of that, in seconds from the request's start. A server that failed is asked last until it
     has answered something again, be it a request, a control verb or an update. With a `router`, requests go through
-    it and everything else to the servers; when the router dies the group does without.
+    it and everything else to the servers; when the router dies the group does without, and so does a request that it
+    refuses again and again.
     """
 
     def __init__(
@@ -293,9 +294,7 @@ class ServerGroup:
             if self._failure is not None:
                 raise self._failure
             ready = [member for member in self._members if member.ready and not member.leaving]
-            if ready and self._router is not None:
-                if attempt.routed >= _ROUTED_TRIES and attempt.error is not None:
-                    raise attempt.error
+            if ready and self._router is not None and attempt.routed < _ROUTED_TRIES:
                 return Member(client=self._router.client)
             untried = [member for member in ready if attempt.tried[member] < _TRIES]
             if untried:

@@ -77,6 +77,9 @@ async def launch_router(settings: ServerSettings, log: Path) -> AsyncIterator[Ro
         "port": port,
         "policy": "manual",
         "disable_retries": True,  # our client retries, and counts
+        # It opens at ten connections that broke, and then refuses a healthy server for a minute; whether a server may
+        # be asked is the keeper's to say, who asks it.
+        "disable_circuit_breaker": True,
         "assignment_mode": "min_load",
         "api_key": key,
         "prometheus_port": free_port(settings.host),

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from megatron_fapo.records import ints
 from megatron_fapo.serving.client import ServerClient, group_of
 from megatron_fapo.serving.group import Hooks, ServerGroup
 from megatron_fapo.serving.launcher import launch
+from megatron_fapo.serving.router import launch_router
 from megatron_fapo.serving.settings import ServerSettings
 from tests.conftest import lacking
 from tests.serving.worlds import CONTEXT
@@ -245,6 +247,41 @@ async def test_a_connection_that_breaks_is_not_a_server_that_died(request_for, p
         (samples,) = await collect(ServerGroup([client]), [request_for(prompts[0], seeds=range(2))])
     assert (len(samples), len(asked)) == (2, 3)
     await runner.cleanup()
+
+
+@pytest.mark.long
+async def test_many_connections_that_break_do_not_close_a_router_s_way_to_a_server(request_for, prompts, tmp_path):
+    """The only server closes the first connection of each of 40 requests, as one does that was idle for long."""
+    asked = Counter()
+
+    async def handle(request):
+        rid = (await request.json())["rid"]
+        asked[rid] += 1
+        if asked[rid] == 1:
+            request.transport.abort()
+        meta = {"id": rid, "finish_reason": {"type": "stop"}, "output_token_logprobs": [[-0.5, 7, None]]}
+        return web.json_response({"output_ids": [7], "meta_info": meta})
+
+    async def well(request):
+        return web.json_response({})
+
+    app = web.Application()
+    app.add_routes([web.post("/generate", handle), web.get("/health", well), web.get("/get_server_info", well)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    settings = ServerSettings(model="none", router="sglang")
+    requests = [request_for(prompts[0], name=f"p{i}") for i in range(40)]
+    async with (
+        ServerClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client,
+        launch_router(settings, tmp_path / "log") as router,
+    ):
+        await router.add(client)
+        faults = Faults()
+        answers = await collect(ServerGroup([client], faults.hooks(), router=router), requests)
+    await runner.cleanup()
+    assert (set(asked.values()), faults.retries) == ({2}, 40)
+    assert [len(samples) for samples in answers] == [1] * 40
 
 
 async def test_a_deadline_ends_a_request_that_nobody_answers(server_url, client, request_for, prompts):

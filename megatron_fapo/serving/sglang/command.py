@@ -76,6 +76,8 @@ def environment(settings: ServerSettings, given: Mapping[str, str]) -> dict[str,
         "HF_HUB_OFFLINE": "1",
         # /health says whether the server lives, also while it is paused; it would draw a token, and fail then.
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
+        # It closes connections that were idle for five seconds, as all are between two steps, just when they are used.
+        "SGLANG_TIMEOUT_KEEP_ALIVE": "3600",
     }
     # Expandable segments can neither be paused by the memory saver nor be exported to another process.
     result.pop("PYTORCH_CUDA_ALLOC_CONF", None)
