@@ -83,7 +83,7 @@ layers: install ## import-linter: imports go downwards only
 	$(BIN)/lint-imports
 
 site: $(VENV)/.site ## the documentation as a site, build/site/index.html
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/.site: pyproject.toml | $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[site]'

@@ -443,8 +443,13 @@ def lacking(config: Config) -> list[str]:
             _check_port(f"servers.{role}.port", server.host, port)
     for key in ("train", "held_out"):
         source = getattr(config.task, key, None)
-        if source is not None and Path(source).suffix in (".parquet", ".jsonl") and not Path(source).is_file():
+        if source is None:
+            continue
+        rows = Path(source).suffix in (".parquet", ".jsonl", ".json")
+        if rows and not Path(source).is_file():
             lacks.append(f"task.{key} = {source}: no such file")
+        elif Path(source).is_file() and not rows:
+            raise ConfigError(f"task.{key} = {source}: rows are read from .parquet, .jsonl and .json files")
     return lacks
 
 

@@ -160,7 +160,7 @@ def test_the_site_builds_strictly_and_leads_everywhere(tmp_path):
     pages = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
     walks = {f"examples/{path.parent.name}.html" for path in (ROOT / "examples").glob("*/README.md")}
     assert pages >= walks | {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")}
-    assert {"examples/clock.html", "examples/math.html", "examples/slurm-32b.html"} <= walks
+    assert {f"examples/{name}.html" for name in ("clock", "judge", "math", "slurm-32b")} <= walks
     for page in pages - {"404.html"}:
         text = (tmp_path / "site" / page).read_text()
         for target, anchor in re.findall(r'<a[^>]* href="([^"#:]*)(?:#([^"]*))?"', text):
@@ -169,3 +169,5 @@ def test_the_site_builds_strictly_and_leads_everywhere(tmp_path):
             if anchor and not anchor.startswith("__"):
                 assert f'id="{anchor}"' in leads.read_text(), f"{page} links to {target}#{anchor}"
         assert "```" not in text, f"{page} has a fence that was not read"
+        asked = re.findall(r'<(?:script|link|img|iframe)[^>]* (?:src|href)="(https?:[^"]*)', text)
+        assert asked == [], f"{page} asks another host"

@@ -54,6 +54,10 @@ def command(
     names = [name.partition("=")[0] for name in on or ()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"--on {twice[0]} is given twice")
+    for role, server in settings.started_servers():
+        if not (Path(server.model) / "config.json").is_file():
+            given = "--model" if role == "policy" and model is not None else f"servers.{role}.model ="
+            raise ConfigError(f"{given} {server.model}: no Hugging Face model there (config.json is missing)")
     results = asyncio.run(_evaluate(settings, list(on or ()), limit, out))
     if out is not None:
         (out / "result.json").write_text(json.dumps({k: asdict(v) for k, v in results.items()}, indent=2) + "\n")
@@ -62,6 +66,8 @@ def command(
             typer.echo(json.dumps({"on": name, **asdict(result)}))
         else:
             Console().print(_table(name, result))
+    if out is not None and not as_json:
+        typer.echo(f"{out}: every sample, and result.json")
 
 
 async def _evaluate(config: Config, on: list[str], limit: int | None, out: Path | None) -> "dict[str, Evaluation]":

@@ -18,7 +18,7 @@ def command(
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve the page on this machine instead, live while the runs go on.")
     ] = False,
-    port: Annotated[int, typer.Option(help="Port of --serve; 0 picks a free one.")] = 8750,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0 picks a free one.")] = 8750,
 ) -> None:
     """Write one self-contained HTML file: what needs a look, curves, phases, failures, and a rollout browser."""
     import json

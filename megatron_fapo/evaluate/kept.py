@@ -70,7 +70,9 @@ class Kept:
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{self.path}: line {number} is damaged ({error}); delete the file") from None
             if number == 1 and value != identity:
-                raise ResumeError(f"{self.path} holds another evaluation: {_differences(value, identity)}")
+                raise ResumeError(
+                    f"{self.path} holds another evaluation, name another --out folder: {_differences(value, identity)}"
+                )
         return whole
 
 
@@ -112,5 +114,14 @@ def _sample(line: Mapping[str, Any]) -> Sample:
 def _differences(before: object, now: Identity) -> str:
     if not isinstance(before, dict):
         return "it has no head"
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return "; ".join(f"{key} was {before.get(key)!r:.80}, is {now.get(key)!r:.80}" for key in keys)
+    old, new = _leaves(before), _leaves(now)
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return "; ".join(f"{key} was {old.get(key)!s:.80}, is {new.get(key)!s:.80}" for key in keys)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    """Settings by their dotted names, so that a difference deep inside of one is what is shown."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found

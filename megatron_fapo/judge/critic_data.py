@@ -81,9 +81,13 @@ class CriticData:
 
 def recorded(run: Path, steps: range) -> list[RolloutRow]:
     """The rollouts that a run recorded in these steps. Raises DataError when there are none."""
-    files = [file for step, file in rollout_files(run).items() if step in steps]
+    if not run.is_dir():
+        raise DataError(f"{run}: no such run folder")
+    recorded_steps = rollout_files(run)
+    files = [file for step, file in recorded_steps.items() if step in steps]
     if not files:
-        raise DataError(f"{run}: no recorded rollouts of steps {steps.start} to {steps.stop - 1} (observe.rollouts)")
+        there = f"only steps {min(recorded_steps)} to {max(recorded_steps)}" if recorded_steps else "nor any others"
+        raise DataError(f"{run}: no recorded rollouts of the steps that are asked for, {there} (observe.rollouts)")
     return [row for file in files for row in read_rollouts(file)]
 
 

@@ -65,6 +65,8 @@ def read_run(path: Path) -> RunRecord:
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such run folder")
+    if not (path / jsonl.NAME).is_file():
+        raise DataError(f"{path}: no run folder ({jsonl.NAME} is missing)")
     lines = read_metrics(path / jsonl.NAME)
     if not lines:
         raise DataError(f"{path / jsonl.NAME}: no step is finished yet")

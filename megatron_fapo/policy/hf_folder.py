@@ -54,8 +54,13 @@ class Weights:
                     self._files |= dict.fromkeys(self._file(file.name).keys(), file.name)
         except (ValueError, KeyError) as error:
             raise DataError(f"{index}: damaged: {error!r}") from error
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder")
         if not self._files:
-            raise DataError(f"{folder}: no *.safetensors here; older formats are not read")
+            raise DataError(
+                f"{folder}: no *.safetensors here, so no Hugging Face model (older formats are not read), and no "
+                "Megatron checkpoint; of a run name RUN/model or RUN/checkpoints/step-N"
+            )
         self._scales = {
             name: name + ending for name in self._files for ending in SCALES if name + ending in self._files
         }

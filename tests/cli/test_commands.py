@@ -37,6 +37,17 @@ def fapo(*arguments: object, status: int = 0) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", "configs/clock/fapo.yaml", "--model", "runs/none"], "--model runs/none: no Hugging Face model there"),
+        (["train", "configs/judge/clock.yaml", "--check", "task.train=README.md"], "rows are read from .parquet"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_starts(words, message):
+    assert message in fapo(*words, status=1)
+
+
 def test_help_lists_every_command_and_each_has_an_example():
     overview = fapo("--help")
     for command in COMMANDS:

@@ -57,4 +57,5 @@ def test_a_wrong_call_says_what_to_do(tmp_path: Path) -> None:
     said = run(FAPO, "convert", POLICY, "--to", tmp_path / "mine", status=1)
     assert "is there and is no model" in " ".join(said.split())
     assert (tmp_path / "mine" / "thesis.txt").is_file()
-    assert "no *.safetensors here" in run(FAPO, "convert", tmp_path, "--to", tmp_path / "x", status=1)
+    assert "RUN/checkpoints/step-N" in run(FAPO, "convert", tmp_path, "--to", tmp_path / "x", status=1)
+    assert "absent: no such folder" in run(FAPO, "convert", tmp_path / "absent", "--to", tmp_path / "x", status=1)

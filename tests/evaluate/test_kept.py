@@ -57,6 +57,8 @@ def test_another_evaluation_is_refused_with_what_differs(tmp_path):
     kept(tmp_path / "samples.jsonl")
     with pytest.raises(ResumeError, match="samples was 8, is 4"):
         Kept(tmp_path / "samples.jsonl", {**IDENTITY, "samples": 4}, judge=True)
+    with pytest.raises(ResumeError, match=r"another --out folder: policy\.model was m, is mine"):
+        Kept(tmp_path / "samples.jsonl", {**IDENTITY, "policy": {"model": "mine"}}, judge=True)
 
 
 def test_an_evaluation_that_was_cut_off_draws_only_what_is_missing(tmp_path):

@@ -148,7 +148,8 @@ def test_models_are_sampled_labelled_by_a_served_model_and_become_rows(tmp_path)
     [
         (["--oracle"], "name rollouts"),
         (["--run", "x"], "exactly one of --oracle, --model, --endpoint"),
-        (["--run", "x", "--oracle"], "no recorded rollouts"),
+        (["--run", "x", "--oracle"], "x: no such run folder"),
+        (["--run", "configs", "--oracle"], "configs: no recorded rollouts"),
         (["--policy", "x", "--oracle"], "--policy needs --config"),
         (["--run", "x", "--oracle", "--steps", "a:b"], "write it as FIRST:END"),
     ],

@@ -249,6 +249,8 @@ def test_summary_averages_the_last_ten_steps(tmp_path):
 def test_missing_and_damaged_parts_of_a_run_are_named(tmp_path):
     with pytest.raises(DataError, match="no such run folder"):
         read_run(tmp_path / "absent")
+    with pytest.raises(DataError, match="no run folder"):
+        read_run(tmp_path)
     run = write_run(tmp_path / "run", "fapo", steps=2)
     with pytest.raises(DataError, match="no rollouts of step 9"):
         read_run(run).rows(9)
