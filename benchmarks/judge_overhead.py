@@ -16,7 +16,7 @@ through the models (2 a parameter and token to generate or read, 6 to train). Te
 models write none; its tokens are real.
 
 `clock`: the same arms on the demo's own models and sizes (configs/clock/fapo.yaml): the warm-start policy and a judge
-of the same size, whose verdicts are read and believed. No cascade there, as in the run.
+of the same size, whose verdicts are read and believed, with its own floor. No cascade there, as in the run.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import statistics
 import sys
@@ -40,6 +41,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_fapo.algorithm.advantages import step_advantages
@@ -48,6 +50,8 @@ from megatron_fapo.algorithm.settings import AlgorithmSettings
 from megatron_fapo.batch.pack import make_batch
 from megatron_fapo.batch.settings import BatchSettings
 from megatron_fapo.config import read_config
+from megatron_fapo.critique.paragraphs import split
+from megatron_fapo.critique.prompt import judge_prompt
 from megatron_fapo.judge.answerer import ChatCodec, Served
 from megatron_fapo.judge.ask import Asker
 from megatron_fapo.judge.judge import Judge, Rules
@@ -77,8 +81,8 @@ RIGHT, FLAWED, SHORT = 0.6, 0.3, 0.75
 ALGORITHM = AlgorithmSettings()
 
 
-def make_model(folder: Path, sizes: dict[str, int]) -> int:
-    """A random Qwen3 with an untied head; returns its parameters without the embeddings."""
+def make_model(folder: Path, sizes: dict[str, int]) -> None:
+    """A random Qwen3."""
     torch.manual_seed(0)
     hidden = sizes["hidden"]
     config = Qwen3Config(
@@ -95,9 +99,14 @@ def make_model(folder: Path, sizes: dict[str, int]) -> int:
         eos_token_id=END,
         bos_token_id=None,
     )
-    model = Qwen3ForCausalLM(config)
-    model.save_pretrained(folder)
-    return sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def parameters(folder: Path) -> int:
+    """Of the model in a folder, without the embeddings."""
+    with safe_open(folder / "model.safetensors", "np") as weights:
+        names = [name for name in weights.keys() if "embed" not in name]  # noqa: SIM118 - no dictionary
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
 
 
 def share(words: str) -> float:
@@ -222,6 +231,8 @@ class Bench:
     judge: ServerGroup
     ranks: LocalRanks
     recorded: Path
+    models: tuple[str, str]
+    """Folders of policy and judge."""
     cascade: CascadeSettings | None = None
     scores: list[float] = field(default_factory=list)
 
@@ -266,9 +277,6 @@ class Bench:
 
     async def calibrate(self, groups: list[Group]) -> None:
         """Thresholds that end `SHORT` of the cases, half of them on either side."""
-        from megatron_fapo.critique.paragraphs import split
-        from megatron_fapo.critique.prompt import judge_prompt
-
         served = Served(self.judge, self.work.judge_codec)
         for group in groups:
             for one in group:
@@ -315,15 +323,17 @@ async def processes(
     async with launch(policy, "policy", folder) as drawing, launch(judge, "judge", folder) as judging:
         started = await asyncio.to_thread(LocalRanks, settings, 1)
         try:
-            yield Bench(work=work, policy=drawing, judge=judging, ranks=started, recorded=folder)
+            models = (policy.model, judge.model)
+            yield Bench(work=work, policy=drawing, judge=judging, ranks=started, recorded=folder, models=models)
         finally:
             await asyncio.to_thread(started.close)
 
 
 @contextlib.asynccontextmanager
-async def as_at_32b(folder: Path) -> AsyncIterator[tuple[Bench, int, int]]:
-    """The benchmark's own workload; also the parameters of policy and judge."""
-    sizes = [make_model(folder / name, size) for name, size in (("policy", POLICY), ("judge", JUDGE))]
+async def as_at_32b(folder: Path) -> AsyncIterator[Bench]:
+    """The benchmark's own workload."""
+    for name, sizes in (("policy", POLICY), ("judge", JUDGE)):
+        make_model(folder / name, sizes)
     common = {"context_length": 1024, "max_running": 256}
     (folder / "policy" / "tokenizer.json").write_text("{}")
     work = Work(
@@ -337,7 +347,7 @@ async def as_at_32b(folder: Path) -> AsyncIterator[tuple[Bench, int, int]]:
     policy = ServerSettings(model=str(folder / "policy"), count=2, **common)
     judge = ServerSettings(model=str(folder / "judge"), **common)
     async with processes(work, policy, judge, PolicySettings(model=folder / "policy"), folder) as bench:
-        yield bench, *sizes
+        yield bench
 
 
 @contextlib.asynccontextmanager
@@ -358,15 +368,18 @@ async def as_on_the_clock(folder: Path) -> AsyncIterator[Bench]:
         yield bench
 
 
-def flop_ratio(one: Round, policy: int, judge: int) -> float:
+def flop_ratio(one: Round, bench: Bench) -> float:
     """Operations of the step with this judge over the step without."""
-    right = [j for group in one.groups for j in group if j.outcome.right]
+    policy, judge = (parameters(Path(model)) for model in bench.models)
     answers = sum(len(j.rollout.token_ids) for group in one.groups for j in group)
-    read = len(one.groups) * PROMPT_TOKENS  # a group's prompt is read once
-    trained = answers + len(one.groups) * GROUP * PROMPT_TOKENS
-    judged = {id(j.verdict): j for j in right if isinstance(j.verdict, Verdict)}.values()
-    reading = sum(TEMPLATE + PROMPT_TOKENS + len(j.rollout.token_ids) for j in judged)
-    writing = sum(j.verdict.tokens for j in judged if isinstance(j.verdict, Verdict))
+    read = sum(len(group.prompt.token_ids) for group in one.groups)  # a group's prompt is read once
+    trained = answers + sum(len(group.prompt.token_ids) * len(group.judged) for group in one.groups)
+    judged = {id(j.verdict): (g.prompt, j) for g in one.groups for j in g if isinstance(j.verdict, Verdict)}.values()
+    reading = sum(
+        len(bench.work.judge_codec.encode_chat(judge_prompt(prompt.question, prompt.reference_answer, j.rollout.text)))
+        for prompt, j in judged
+    )
+    writing = sum(verdict.tokens for verdict in asked(one))
     return 1 + 2 * judge * (reading + writing) / (2 * policy * (answers + read) + 6 * policy * trained)
 
 
@@ -387,21 +400,21 @@ async def rounds_of(bench: Bench, rounds: int) -> Seen:
 async def run(rounds: int) -> dict[str, object]:
     """Warm up and record, then the rounds; the clock's after the benchmark's own."""
     with tempfile.TemporaryDirectory(prefix="fapo-overhead-") as name:
-        async with as_at_32b(Path(name)) as (bench, policy, judge):
+        async with as_at_32b(Path(name)) as bench:
             first = await bench.step(savings=False, judged=True)
             await bench.calibrate(first.groups)
             await bench.step(savings=True, judged=True)
-            found = summary(await rounds_of(bench, rounds), policy, judge)
+            found = summary(await rounds_of(bench, rounds), bench)
     with tempfile.TemporaryDirectory(prefix="fapo-overhead-") as name:
         async with as_on_the_clock(Path(name)) as bench:
             for savings in (False, True):
                 await bench.step(savings=savings, judged=True)
-            found["clock"] = ratios(await rounds_of(bench, rounds))
+            found["clock"] = ratios(await rounds_of(bench, rounds), bench)
     return found
 
 
-def ratios(seen: Seen) -> dict[str, object]:
-    """Medians over rounds; ratios are taken within a round."""
+def ratios(seen: Seen, bench: Bench) -> dict[str, object]:
+    """Medians over rounds, ratios taken within a round; and the floor."""
 
     def ratio(savings: bool) -> float:
         pairs = zip(seen[savings, True], seen[savings, False], strict=True)
@@ -412,6 +425,8 @@ def ratios(seen: Seen) -> dict[str, object]:
         "ratio_plain": ratio(False),
         "share_hidden": statistics.median(one.hidden for one in seen[True, True]),
         "share_hidden_plain": statistics.median(one.hidden for one in seen[False, True]),
+        "flop_ratio": flop_ratio(seen[True, True][0], bench),
+        "flop_ratio_plain": flop_ratio(seen[False, True][0], bench),
         "step_seconds": {
             f"{'savings' if savings else 'plain'}, {'with' if judged else 'without'} judge": statistics.median(
                 one.seconds for one in found
@@ -432,15 +447,14 @@ def asked(one: Round) -> list[Verdict]:
     return list(shared.values())
 
 
-def summary(seen: Seen, policy: int, judge: int) -> dict[str, object]:
+def summary(seen: Seen, bench: Bench) -> dict[str, object]:
     """The numbers of the benchmark's own workload."""
-    plain, saving = seen[False, True][0], seen[True, True][0]
+    plain = seen[False, True][0]
+    policy, judge = (parameters(Path(model)) for model in bench.models)
     rollouts = [judged for group in plain.groups for judged in group]
     answers = statistics.mean(len(judged.rollout.token_ids) for judged in rollouts)
     return {
-        **ratios(seen),
-        "flop_ratio": flop_ratio(saving, policy, judge),
-        "flop_ratio_plain": flop_ratio(plain, policy, judge),
+        **ratios(seen, bench),
         "parameters": policy / judge,
         "verdict_over_answer_tokens": statistics.mean(verdict.tokens for verdict in asked(plain)) / answers,
         "right_share": sum(judged.outcome.right for judged in rollouts) / len(rollouts),
