@@ -22,6 +22,7 @@ Bytes = npt.NDArray[np.uint8]
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PART = {part: (fused, parts.index(part)) for fused, parts in _FUSED.items() for part in parts}
 _NAME = re.compile(r"(.*\.)?(\w+)\.(weight|bias)")
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _VOCABULARY_PADDING = 64
 """SGLang rounds the rows of embedding and head up to this."""
 
@@ -34,6 +35,8 @@ class HeldLayout:
     tensor_parallel: int = 1
     kv_heads: int = 1
     """Key and value heads of the model; ranks beyond this number hold copies."""
+    experts: int = 0
+    """Experts of a layer, of which every rank holds a shard of each, in two parameters; 0 where they lie otherwise."""
     kept_in_bf16: tuple[str, ...] | None = None
     """Modules that stay BF16 on a server whose other matrices are FP8 with scales of blocks; None without FP8.
 
@@ -44,8 +47,8 @@ class HeldLayout:
 class HeldDigests:
     """{parameter: digest} of a layout, from tensors under Hugging Face names as they are sent.
 
-    A parameter is named `name` or, with several ranks, `name@rank`. The parts of a fused parameter may come in
-    different buckets, but in their order.
+    A parameter is named `name` or, with several ranks, `name@rank`. The parts of a fused parameter, be they
+    projections or experts, may come in different buckets, but in their order.
     """
 
     def __init__(self, layout: HeldLayout) -> None:
@@ -58,24 +61,34 @@ class HeldDigests:
         if self.layout.engine == "embedded":
             self._done[spec.name] = spec.digest
             return
-        match = _NAME.fullmatch(spec.name)
-        if match is None or ".experts." in spec.name:
-            raise WeightsError(f"tensor {spec.name!r}: how SGLang holds it is not known, so it cannot be proven there")
-        prefix, module, kind = match[1] or "", match[2], match[3]
+        name, module, place, parts = self._slot(spec.name)
         rows = np.frombuffer(data, np.uint8).reshape(spec.shape[0], -1)
-        fused, place = _PART.get(module, (module, 0))
-        name = f"{prefix}{fused}.{kind}"
         reached, sums = self._open.pop(name, (0, [hashlib.sha256() for _ in range(self.layout.tensor_parallel)]))
         if place != reached:
             raise WeightsError(f"tensor {spec.name!r}: came out of order, part {place} of {name} after {reached}")
         for rank, total in enumerate(sums):
             for piece in self._shard(rows, module, spec, rank):
                 total.update(piece)
-        if place + 1 < len(_FUSED.get(fused, (module,))):
+        if place + 1 < parts:
             self._open[name] = (place + 1, sums)
             return
         for rank, total in enumerate(sums):
             self._done[_on(name, rank, len(sums))] = total.hexdigest()[:16]
+
+    def _slot(self, tensor: str) -> tuple[str, str, int, int]:
+        """The parameter that a tensor goes to, which module's it is, and which part of how many."""
+        match = _EXPERT.fullmatch(tensor)
+        if match is not None and self.layout.experts and self.layout.kept_in_bf16 is None:
+            prefix, expert, module = match[1], int(match[2]), match[3]
+            if module == "down_proj":
+                return f"{prefix}w2_weight", module, expert, self.layout.experts
+            return f"{prefix}w13_weight", module, 2 * expert + (module == "up_proj"), 2 * self.layout.experts
+        match = _NAME.fullmatch(tensor)
+        if match is None or ".experts." in tensor:
+            raise WeightsError(f"tensor {tensor!r}: how SGLang holds it is not known, so it cannot be proven there")
+        prefix, module, kind = match[1] or "", match[2], match[3]
+        fused, place = _PART.get(module, (module, 0))
+        return f"{prefix}{fused}.{kind}", module, place, len(_FUSED.get(fused, (module,)))
 
     def result(self) -> dict[str, str]:
         """All parameters. Raises WeightsError when a fused one is incomplete."""

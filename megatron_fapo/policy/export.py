@@ -32,7 +32,8 @@ class Export:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.pieces = in_turn(plan(model.bridge, model.chunks))
+        self._plan = plan(model.bridge, model.chunks)
+        self.pieces = self._plan
         self._next = 0
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._together = _one_machine()
@@ -44,6 +45,8 @@ class Export:
     def restart(self, layouts: Sequence[HeldLayout]) -> None:
         """See `PolicyRank.open_export`."""
         self._next = 0
+        # A server that keeps all experts of a layer in one parameter must be sent them in order.
+        self.pieces = self._plan if any(layout.experts for layout in layouts) else in_turn(self._plan)
         self._held = {layout: HeldDigests(layout) for layout in layouts}
         forms = {layout.kept_in_bf16 for layout in layouts}
         if len(forms) > 1:

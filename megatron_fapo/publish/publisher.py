@@ -39,8 +39,8 @@ async def publish(
     then stay open, so that no server answers a request with half-way weights.
     """
     layouts = await settled([receiver.layout() for receiver in receivers])
-    await settled([receiver.begin_update() for receiver in receivers])
-    await exporter.open_export(tuple(dict.fromkeys(layouts)))
+    beginning = [receiver.begin_update() for receiver in receivers]
+    await settled([exporter.open_export(tuple(dict.fromkeys(layouts))), *beginning])
     buckets = await transport.send(exporter, receivers)
     expected = {layout: await exporter.expected(layout) for layout in dict.fromkeys(layouts)}
     held = await settled([receiver.held() for receiver in receivers])

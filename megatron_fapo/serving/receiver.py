@@ -102,6 +102,7 @@ def receiver(command: Command, info: Mapping[str, Any], routes: Mapping[str, Any
         engine="sglang",
         tensor_parallel=int(info.get("tp_size") or 1),
         kv_heads=int(config.get("num_key_value_heads") or 1),
+        experts=_experts(config) if int(info.get("ep_size") or 1) == 1 else 0,
         kept_in_bf16=kept_by(config),
     )
     loads = LOADER in (info.get("custom_weight_loader") or ())
@@ -113,6 +114,11 @@ def _config(model: object) -> Json:
     with suppress(OSError, ValueError):
         return dict(json.loads((Path(str(model)) / "config.json").read_text()))
     return {}
+
+
+def _experts(config: Json) -> int:
+    """Experts of a layer, by the names that model families give the number."""
+    return int(config.get("num_experts") or config.get("n_routed_experts") or config.get("num_local_experts") or 0)
 
 
 class Embedded:

@@ -74,6 +74,29 @@ def test_fused_and_sharded_as_sglang_does(tensors, ranks):
     assert found == expected
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("by_expert", [True, False], ids=["expert after expert", "projection after projection"])
+def test_experts_are_stacked_as_sglang_does(ranks, by_expert):
+    rng = np.random.default_rng(0)
+    shapes = {"gate_proj": (MLP, HIDDEN), "up_proj": (MLP, HIDDEN), "down_proj": (HIDDEN, MLP)}
+    tensors = {
+        (expert, name): rng.normal(size=shape).astype(np.float32)
+        for expert in range(3)
+        for name, shape in shapes.items()
+    }
+    order = tensors if by_expert else sorted(tensors, key=lambda place: place[1] == "down_proj")
+    sent = {f"model.layers.1.mlp.experts.{expert}.{name}.weight": tensors[expert, name] for expert, name in order}
+    found = digests(sent, HeldLayout(engine="sglang", tensor_parallel=ranks, experts=3))
+    expected = {}
+    for rank in range(ranks):
+        on = f"@{rank}" if ranks > 1 else ""
+        up = [np.array_split(tensors[e, name], ranks)[rank] for e in range(3) for name in ("gate_proj", "up_proj")]
+        down = [np.array_split(tensors[e, "down_proj"], ranks, axis=1)[rank] for e in range(3)]
+        expected[f"model.layers.1.mlp.experts.w13_weight{on}"] = sha(*up)
+        expected[f"model.layers.1.mlp.experts.w2_weight{on}"] = sha(*down)
+    assert found == expected
+
+
 def test_the_embedded_engine_holds_what_it_was_sent(tensors):
     assert digests(tensors, HeldLayout()) == {name: f"xxh3 of {name}" for name in tensors}
 

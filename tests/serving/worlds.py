@@ -17,6 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from megatron_fapo.records import Bucket, TensorSpec
@@ -44,6 +46,9 @@ def make_model(folder: Path, kind: str = "qwen3", seed: int = 0) -> Path:
     match kind:
         case "qwen3":
             model = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True))
+        case "qwen3-moe":
+            sparse = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **sparse, head_dim=16, tie_word_embeddings=False))
         case "qwen2":
             model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False))
         case "llama":
