@@ -109,7 +109,7 @@ def _convert(
     with Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     ) as bar:
-        task = bar.add_task(f"{source} → {to}", total=None)
+        task = bar.add_task(f"→ {to}", total=None)
 
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)

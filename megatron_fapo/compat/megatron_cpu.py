@@ -34,8 +34,9 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_fapo.compat import upstream
 
-# Megatron and mbridge say at import that Transformer Engine and Apex are missing; here that is as it should be
-for _message in (".*Apex.*", ".*ShardedTensor.*", ".*torch.distributed is disabled.*"):
+# Megatron and mbridge say at import that Transformer Engine and Apex are missing; here that is as it should be. The
+# "full scope" of CUDA graphs, which Megatron calls deprecated, is its own default.
+for _message in (".*Apex.*", ".*ShardedTensor.*", ".*torch.distributed is disabled.*", "full scope is deprecated.*"):
     warnings.filterwarnings("ignore", message=_message)
 
 CPU = torch.device("cpu")
