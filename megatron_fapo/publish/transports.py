@@ -226,9 +226,11 @@ class Delta(SharedMemory):
 
 
 async def _meet(sending: Coroutine[Any, Any, str], receiving: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Both ends of a collective, until both are done. What a receiver says counts before the sender's complaint."""
+    """Both ends of a collective, until both are done. A failure of the sender's own counts first, since those of the
+    receivers follow from it; what a receiver says counts before what the sender complains of.
+    """
     complaint, received = await asyncio.gather(sending, settled(receiving), return_exceptions=True)
-    for result in (received, complaint):
+    for result in (complaint, received):
         if isinstance(result, BaseException):
             raise result
     if complaint:

@@ -4,6 +4,7 @@ Real servers, keepers and transports; the trained model is a folder of tensors.
 """
 
 import asyncio
+import gc
 import os
 import signal
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from megatron_fapo.cluster.publishing import PolicyWeights
+from megatron_fapo.errors import RankLost
 from megatron_fapo.publish.settings import PublishSettings
 from megatron_fapo.publish.transports import make_transport
 from megatron_fapo.serving.group import Hooks
@@ -49,6 +51,16 @@ class Model(Source):
             os.kill(self.victim, signal.SIGKILL)
             self.victim = None
         return bucket
+
+    lost = False
+    """Whether the sending rank dies in its next broadcast."""
+
+    async def send_bucket(self, bucket):
+        if self.lost:
+            self.lost, self.sender = False, None  # which closes its connections
+            gc.collect()
+            raise RankLost("process died")
+        return await super().send_bucket(bucket)
 
 
 @asynccontextmanager
@@ -112,3 +124,16 @@ async def test_a_server_that_dies_comes_back_with_the_present_weights(folder, tm
         model.tensors = dict(first)
         await weights.publish(1)
         assert await all_hold(group, 1, first)
+
+
+async def test_a_rank_that_dies_in_a_broadcast_is_what_the_run_hears_of(folder, tmp_path, tensors):
+    """And not of the servers whose connection it broke; they take the next publication."""
+    first, second = tensors
+    model = Model(first)
+    async with publishing(folder, tmp_path, "group", model, 1) as (group, weights, _):
+        await weights.publish(1)
+        model.tensors, model.lost = dict(second), True
+        with pytest.raises(RankLost, match="process died"):
+            await weights.publish(2)
+        await weights.publish(2)
+        assert await all_hold(group, 2, second)
