@@ -188,7 +188,9 @@ class Writer:
     def _write(self) -> None:
         if self._held:
             self._shards.append(tuple(self._held))
-            save_file(self._held, self._unnamed(len(self._shards)), metadata={"format": "pt"})
+            shard = self._unnamed(len(self._shards))
+            save_file(self._held, shard, metadata={"format": "pt"})
+            shard.chmod(self.partial.stat().st_mode & 0o666)  # safetensors lets nobody else read what it writes
             self._held, self._held_bytes = {}, 0
 
     def _unnamed(self, number: int) -> Path:

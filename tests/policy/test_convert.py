@@ -80,6 +80,7 @@ def test_what_lies_beside_the_weights_goes_along_both_ways(elsewhere: Elsewhere,
     here, there = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "back"))
     assert here == there
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == sorted(path.name for path in source.iterdir())
+    assert len({path.stat().st_mode for path in (tmp_path / "back").iterdir()}) == 1  # whoever reads one reads all
 
 
 @pytest.mark.parametrize(
