@@ -102,7 +102,9 @@ def _ray() -> Finding:
     return Finding.of(
         "other Rays",
         ", ".join(running) or "none",
-        warning="another run, or left by one (`ray stop`); a run starts its own beside it" if running else "",
+        warning="another run's, or left by one; a run starts its own beside it (`ray stop` ends all, live ones too)"
+        if running
+        else "",
     )
 
 
