@@ -67,8 +67,7 @@ class ServerProcess:
 
     def kill(self) -> None:
         """End it at once."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+        _send(self.process, signal.SIGKILL)
 
     async def stop(self) -> None:
         """Ask it to end; kill it when it does not."""
@@ -81,13 +80,20 @@ def died(pid: int, code: int | None, log: Path) -> ServerError:
     return ServerError(f"server ended with {status}; the end of {log}:\n{tail(log)}", pid=pid)
 
 
+def _send(process: asyncio.subprocess.Process, what: signal.Signals) -> None:
+    """Signal a process that may have ended. Its own methods would take the status of one that has from asyncio, which
+    then calls it 255."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, what)
+
+
 async def stop(process: asyncio.subprocess.Process) -> None:
     """End a server that leads a session of its own, and whatever it has started in there."""
-    for end in (process.terminate, process.kill):
+    for end in (signal.SIGTERM, signal.SIGKILL):
         if process.returncode is not None:
             break
-        with contextlib.suppress(ProcessLookupError):
-            end()
+        _send(process, end)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), _STOP_SECONDS)
     with contextlib.suppress(ProcessLookupError):

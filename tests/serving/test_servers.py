@@ -20,6 +20,7 @@ from megatron_fapo.errors import ConfigError, RequestRejected, ServerError, Serv
 from megatron_fapo.serving.client import ServerClient
 from megatron_fapo.serving.group import ServerGroup
 from megatron_fapo.serving.launcher import launch, launch_one, processes
+from megatron_fapo.serving.process import ServerProcess
 from megatron_fapo.serving.settings import ServerSettings
 
 
@@ -306,6 +307,22 @@ async def test_when_no_server_is_left_the_error_quotes_the_log(models, tmp_path,
         await until(lambda: pid not in children())
         with pytest.raises(ServerError, match=r"(?s)ended with (status -9|an unknown status).*serving"):
             await collect(group, request_for(prompts[0]))
+
+
+async def test_killing_a_server_that_has_just_died_leaves_its_status_readable(tmp_path):
+    """At ever later moments between its death and the one at which asyncio hears of it."""
+    statuses = set()
+    for turn in range(200):
+        process = await asyncio.create_subprocess_exec("sleep", "100")
+        server = ServerProcess(url="", pid=process.pid, log=tmp_path / "log", process=process)
+        os.kill(process.pid, signal.SIGTERM)
+        moment = time.perf_counter() + turn * 2e-5
+        while time.perf_counter() < moment:
+            pass
+        server.kill()
+        await server.wait()
+        statuses.add(process.returncode)
+    assert statuses <= {-signal.SIGTERM, -signal.SIGKILL}
 
 
 def children():
