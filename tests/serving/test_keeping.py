@@ -218,7 +218,7 @@ async def test_a_place_is_filled_again_that_is_wanted_while_its_server_leaves(mo
         assert tokens(await asking).items() >= expected.items()
         await until(lambda: len(group.clients) == 2 and all(map(group.may_ask, group.clients)))
         assert last not in group.clients
-    assert faults.retries == 4
+    assert 0 < faults.retries <= 4  # those that had not arrived when it was killed
 
 
 def test_what_belongs_to_a_group():
