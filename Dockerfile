@@ -38,11 +38,11 @@ RUN /opt/fapo/trainer/bin/pip install --no-compile --no-deps --no-build-isolatio
 
 # Any user may run it: the home is writable for all, so that --user and Slurm's containers find a place for caches.
 RUN useradd --uid 10001 --create-home --home-dir /opt/fapo/home fapo && chmod 1777 /opt/fapo/home \
-    && mkdir /work && chown fapo /work && chmod 1777 /work
-COPY configs /work/configs
-COPY examples /work/examples
-COPY tools /work/tools
+    && mkdir /fapo && chown fapo /fapo && chmod 1777 /fapo
+COPY configs /fapo/configs
+COPY examples /fapo/examples
+COPY tools /fapo/tools
 ENV PATH=/opt/fapo/trainer/bin:${PATH} HOME=/opt/fapo/home
 USER fapo
-WORKDIR /work
+WORKDIR /fapo
 CMD ["fapo", "--help"]

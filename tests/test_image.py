@@ -130,7 +130,7 @@ def test_the_cpu_image_builds_and_runs_as_anybody(buildah, pip_options, require_
     tmp_path.chmod(0o755)
 
     def run(*words: str) -> str:
-        return buildah("run", *isolated, "--user=4321:4321", f"--volume={runs}:/work/runs", container, "--", *words)
+        return buildah("run", *isolated, "--user=4321:4321", f"--volume={runs}:/fapo/runs", container, "--", *words)
 
     assert run("id", "-u") == "4321"
     findings = {finding["what"]: finding for finding in json.loads(run("fapo", "doctor", "--json").splitlines()[-1])}
