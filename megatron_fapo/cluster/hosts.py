@@ -148,11 +148,9 @@ class Hosts:
 
 @asynccontextmanager
 async def open_hosts(nodes: Sequence[str], serving_nodes: int, deadline: float, key: Path) -> AsyncIterator[Hosts]:
-    """Hosts on `nodes` (Ray's ids, the first rank's first), or on `serving_nodes` others, which are waited for.
+    """Hosts on the ranks' `nodes` (Ray's ids, the first rank's first), or on `serving_nodes` others; ended afterwards.
 
-    They are ended afterwards.
-
-    `key` is where the run's own key is put. Raises ServerError when nodes are missing after `deadline` seconds.
+    Others are waited for. `key` is where the run's own key is put. Raises ServerError when nodes are missing after `deadline` seconds.
     """
     import ray
 

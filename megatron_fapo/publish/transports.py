@@ -181,8 +181,8 @@ class Delta(SharedMemory):
         self.nbytes = 0
         """Bytes that the last update sent to all receivers."""
         self.changed: int | None = 0
-        """Bytes of all changes of the last update, where they were not made the least that they would have; None for
-        an update without a base."""
+        """Bytes of what changed in the last update, sent or not; of a bucket that was sent in full at least so many.
+        None for an update without a base."""
 
     async def send(self, exporter: Exporter, receivers: Sequence[WeightReceiver]) -> list[Bucket]:
         """Send what changed; everything once more when a receiver refuses for its base."""
