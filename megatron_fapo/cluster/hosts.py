@@ -150,7 +150,8 @@ class Hosts:
 async def open_hosts(nodes: Sequence[str], serving_nodes: int, deadline: float, key: Path) -> AsyncIterator[Hosts]:
     """Hosts on the ranks' `nodes` (Ray's ids, the first rank's first), or on `serving_nodes` others; ended afterwards.
 
-    Others are waited for. `key` is where the run's own key is put. Raises ServerError when nodes are missing after `deadline` seconds.
+    Others are waited for. `key` is where the run's own key is put. Raises ServerError when nodes are missing after
+    `deadline` seconds.
     """
     import ray
 
