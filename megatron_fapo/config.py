@@ -285,10 +285,16 @@ class Config(Settings):
                 f"servers.policy.dtype = {policy.dtype}, but policy.dtype = {self.policy.dtype}: "
                 "weights are published as they are trained"
             )
-        if self.cluster.servers_elsewhere and self.publish.transport in ("shared_memory", "delta"):
+        if self.cluster.servers_elsewhere and self.publish.transport in ("shared_memory", "cuda_ipc", "delta"):
             problems.append(
                 f"publish.transport = {self.publish.transport} reaches servers on the first rank's node alone, and "
                 "cluster has some on others: set auto or group, or disk with a folder that all nodes see"
+            )
+        if self.publish.transport == "cuda_ipc" and (policy.engine != "sglang" or policy.sglang.on_cpu):
+            problems.append(
+                "publish.transport = cuda_ipc brings weights to SGLang on the GPUs of the ranks' machine, and "
+                f"servers.policy is {'on a CPU' if policy.engine == 'sglang' else 'the embedded engine'}: "
+                "set auto or shared_memory"
             )
         for role, server in self.started_servers():
             if self.cluster.placement == "colocated" and server.engine == "sglang" and server.sglang.on_cpu:

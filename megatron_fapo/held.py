@@ -7,17 +7,17 @@ them, and its checker sums each parameter of each rank.
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_fapo.errors import WeightsError
 from megatron_fapo.records import TensorSpec
 
-Bytes = npt.NDArray[np.uint8]
+Rows = Any
+"""Bytes of a tensor or of a part of one, [rows, bytes of a row]: an array of numpy's, or of torch's on any device."""
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PART = {part: (fused, parts.index(part)) for fused, parts in _FUSED.items() for part in parts}
@@ -37,11 +37,38 @@ class HeldLayout:
     """Key and value heads of the model; ranks beyond this number hold copies."""
     experts: int = 0
     """Experts of a layer, of which every rank holds a shard of each, in two parameters; 0 where they lie otherwise."""
+    digest: Literal["sha256", "words"] = "sha256"
+    """How SGLang's checker sums a parameter: sha256 on a CPU, sums of mixed 32-bit words on CUDA."""
     kept_in_bf16: tuple[str, ...] | None = None
     """Modules that stay BF16 on a server whose other matrices are FP8 with scales of blocks; None without FP8.
 
     SGLang's checker sums the BF16 rounding of what FP8 values and scales stand for: that is what `HeldDigests` gets.
     """
+
+
+class Sum(Protocol):
+    """The sum of a parameter that arrives in parts."""
+
+    def update(self, rows: Rows) -> None:
+        """Add bytes."""
+
+    def hexdigest(self) -> str:
+        """16 digits for all that was added."""
+
+
+class Sha256:
+    """As SGLang's checker sums a parameter on a CPU."""
+
+    def __init__(self) -> None:
+        self._sum = hashlib.sha256()
+
+    def update(self, rows: Rows) -> None:
+        """Add bytes that numpy can read."""
+        self._sum.update(np.ascontiguousarray(rows).data)
+
+    def hexdigest(self) -> str:
+        """A quarter of sha256, which is what SGLang keeps."""
+        return self._sum.hexdigest()[:16]
 
 
 class HeldDigests:
@@ -51,19 +78,22 @@ class HeldDigests:
     projections or experts, may come in different buckets, but in their order.
     """
 
-    def __init__(self, layout: HeldLayout) -> None:
+    def __init__(self, layout: HeldLayout, new_sum: Callable[[], Sum] = Sha256) -> None:
+        """`new_sum` sums as `layout.digest` says; `compat.word_sum` has the other kind, which needs torch."""
         self.layout = layout
+        self._new_sum = new_sum
         self._done: dict[str, str] = {}
-        self._open: dict[str, tuple[int, list[hashlib._Hash]]] = {}
+        self._open: dict[str, tuple[int, list[Sum]]] = {}
 
-    def add(self, spec: TensorSpec, data: memoryview) -> None:
+    def add(self, spec: TensorSpec, data: memoryview | Rows) -> None:
         """One tensor and its bytes. Raises WeightsError for one whose place in the layout is unknown."""
         if self.layout.engine == "embedded":
             self._done[spec.name] = spec.digest
             return
         name, module, place, parts = self._slot(spec.name)
-        rows = np.frombuffer(data, np.uint8).reshape(spec.shape[0], -1)
-        reached, sums = self._open.pop(name, (0, [hashlib.sha256() for _ in range(self.layout.tensor_parallel)]))
+        flat = np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else data
+        rows = flat.reshape(spec.shape[0], -1)
+        reached, sums = self._open.pop(name, (0, [self._new_sum() for _ in range(self.layout.tensor_parallel)]))
         if place != reached:
             raise WeightsError(f"tensor {spec.name!r}: came out of order, part {place} of {name} after {reached}")
         for rank, total in enumerate(sums):
@@ -73,7 +103,7 @@ class HeldDigests:
             self._open[name] = (place + 1, sums)
             return
         for rank, total in enumerate(sums):
-            self._done[_on(name, rank, len(sums))] = total.hexdigest()[:16]
+            self._done[_on(name, rank, len(sums))] = total.hexdigest()
 
     def _slot(self, tensor: str) -> tuple[str, str, int, int]:
         """The parameter that a tensor goes to, which module's it is, and which part of how many."""
@@ -96,27 +126,27 @@ class HeldDigests:
             raise WeightsError(f"{min(self._open)}: not all of its parts were sent")
         return dict(self._done)
 
-    def _shard(self, rows: Bytes, module: str, spec: TensorSpec, rank: int) -> Iterator[memoryview]:
-        """A rank's part of a tensor, as contiguous pieces. `rows` is [rows, bytes of a row]."""
+    def _shard(self, rows: Rows, module: str, spec: TensorSpec, rank: int) -> Iterator[Rows]:
+        """A rank's part of a tensor, in pieces."""
         ranks = self.layout.tensor_parallel
         if module in ("embed_tokens", "lm_head"):
             padded = -(-len(rows) // _VOCABULARY_PADDING) * _VOCABULARY_PADDING
             each = padded // ranks
             mine = rows[rank * each : (rank + 1) * each]
-            yield mine.data
-            yield bytes((each - len(mine)) * rows.shape[1])  # type: ignore[misc]
+            yield mine
+            yield np.zeros((each - len(mine), rows.shape[1]), np.uint8)
         elif ranks == 1 or (module not in _PART and module not in ("o_proj", "down_proj")):
-            yield rows.data
+            yield rows
         elif module in ("o_proj", "down_proj"):
             if len(spec.shape) == 1:  # a bias, added once, after the ranks' sum
-                yield rows.data
+                yield rows
             else:
                 each = rows.shape[1] // ranks
-                yield np.ascontiguousarray(rows[:, rank * each : (rank + 1) * each]).data
+                yield rows[:, rank * each : (rank + 1) * each]
         else:
             copies = max(1, ranks // self.layout.kv_heads) if module in ("k_proj", "v_proj") else 1
             each = len(rows) * copies // ranks
-            yield rows[rank // copies * each : (rank // copies + 1) * each].data
+            yield rows[rank // copies * each : (rank // copies + 1) * each]
 
 
 def _on(name: str, rank: int, ranks: int) -> str:

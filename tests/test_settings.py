@@ -84,9 +84,18 @@ def test_weights_do_not_reach_another_node_through_shared_memory():
     assert (across.transport, across.group_address) == ("group", "10.0.0.1")
     given = read_config(CLOCK, [*two, "publish.transport=disk", "publish.group_address=10.0.0.9"]).publish
     assert given.across("10.0.0.1") == given
-    for transport in ("shared_memory", "delta"):
+    for transport in ("shared_memory", "cuda_ipc", "delta"):
         with pytest.raises(ConfigError, match=f"publish.transport = {transport} reaches servers on the first rank's"):
             read_config(CLOCK, [*two, f"publish.transport={transport}"])
+
+
+def test_weights_reach_only_sglang_on_a_gpu_through_its_memory():
+    ask = ["publish.transport=cuda_ipc", "servers.policy.engine=sglang"]
+    assert read_config(CLOCK, ask).publish.transport == "cuda_ipc"
+    with pytest.raises(ConfigError, match=r"servers\.policy is the embedded engine: set auto or shared_memory"):
+        read_config(CLOCK, ask[:1])
+    with pytest.raises(ConfigError, match=r"servers\.policy is on a CPU: set auto or shared_memory"):
+        read_config(CLOCK, [*ask, "servers.policy.sglang.on_cpu=true"])
 
 
 IN_FP8 = [

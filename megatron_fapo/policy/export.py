@@ -6,18 +6,21 @@ All ranks know the plan (`policy.pieces`) and cut it into the same buckets witho
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron_fapo.compat.cuda_ipc import PREFIX, Block
 from megatron_fapo.compat.device import here
+from megatron_fapo.compat.word_sum import WordSum
 from megatron_fapo.errors import PolicyError
 from megatron_fapo.fp8 import Fp8, served
-from megatron_fapo.held import HeldDigests, HeldLayout
+from megatron_fapo.held import HeldDigests, HeldLayout, Sha256, Sum
 from megatron_fapo.policy.hf_folder import SHARD_BYTES, Writer
 from megatron_fapo.policy.model import Model
 from megatron_fapo.policy.pieces import Piece, fetch, own_parts, places, plan, shapes
@@ -38,6 +41,7 @@ class Export:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._together = _one_machine()
         self._segments: dict[Path, Segment] = {}
+        self._blocks: dict[str, Block] = {}
         self._params = [dict(chunk.named_parameters()) for chunk in model.chunks]
         self._held: dict[HeldLayout, HeldDigests] = {}
         self._fp8: Fp8 | None = None
@@ -47,7 +51,7 @@ class Export:
         self._next = 0
         # A server that keeps all experts of a layer in one parameter must be sent them in order.
         self.pieces = self._plan if any(layout.experts for layout in layouts) else in_turn(self._plan)
-        self._held = {layout: HeldDigests(layout) for layout in layouts}
+        self._held = {layout: HeldDigests(layout, _SUMS[layout.digest]) for layout in layouts}
         forms = {layout.kept_in_bf16 for layout in layouts}
         if len(forms) > 1:
             raise PolicyError("servers that are published to together hold weights in different forms (BF16, FP8)")
@@ -62,19 +66,62 @@ class Export:
             return None
         specs = _table(pieces, self._fp8)
         used = aligned(specs[-1].offset + nbytes_of(specs[-1]))
+        if str(path).startswith(PREFIX):
+            return self._on_device(pieces, specs, self._block(str(path), nbytes), used)
         if self._together and self._fp8 is None:
             memory = self._map(path, nbytes)
             digests = self._write_parts(pieces, specs, memory)
         else:
             memory = Segment.create(path, nbytes).memory if self._rank == 0 else memoryview(b"")
-            digests = self._write_fetched(pieces, specs, memory)
+            spans = list(_bytes_of(specs, memory)) if self._rank == 0 else []
+            self._write_fetched(pieces, [torch.frombuffer(span, dtype=torch.uint8) for span in spans])
+            digests = [digest(span) for span in spans]
         if self._rank != 0:
             return None
+        return self._finished(str(path), specs, digests, torch.frombuffer(memory, dtype=torch.uint8), used)
+
+    def _on_device(
+        self, pieces: Sequence[Piece], specs: Sequence[TensorSpec], block: Block | None, used: int
+    ) -> Bucket | None:
+        """A bucket that never leaves the devices: gathered, summed and read by servers there."""
+        spans = [] if block is None else list(_bytes_of(specs, block.tensor))
+        self._write_fetched(pieces, spans)
+        if block is None:
+            return None
+        digests = [_sum_of(span) for span in spans]
+        return self._finished(block.handle, specs, digests, block.tensor, used)
+
+    def _finished(
+        self, segment: str, specs: Sequence[TensorSpec], digests: Sequence[str], memory: torch.Tensor, used: int
+    ) -> Bucket:
+        """The table of a bucket that is written, whose bytes count for what servers must hold."""
         specs = [replace(spec, digest=digest) for spec, digest in zip(specs, digests, strict=True)]
         for held in self._held.values():
             for spec, data in summed_by_servers(specs, memory):
                 held.add(spec, data)
-        return Bucket(segment=str(path), nbytes=used, tensors=tuple(specs))
+        return Bucket(segment=segment, nbytes=used, tensors=tuple(specs))
+
+    def close(self) -> None:
+        """Give the devices' memory back; segments belong to who named them."""
+        for block in self._blocks.values():
+            block.close()
+        self._blocks.clear()
+
+    def _block(self, name: str, nbytes: int) -> Block | None:
+        """Memory of rank 0's device under a name; kept from walk to walk. None on the other ranks."""
+        if self._rank != 0:
+            return None
+        known = self._blocks.get(name)
+        if known is not None and known.nbytes != nbytes:
+            self._blocks.pop(name).close()
+        if name not in self._blocks:
+            try:
+                self._blocks[name] = Block(nbytes)
+            except RuntimeError as error:
+                raise PolicyError(
+                    f"no memory that servers could open (publish.transport = cuda_ipc): {error}", rank=0
+                ) from None
+        return self._blocks[name]
 
     def _map(self, path: Path, nbytes: int) -> memoryview:
         """The segment in every rank; rank 0 makes it."""
@@ -113,15 +160,15 @@ class Export:
             sums = list(torch.split(table.cpu(), [len(each) for each in sums]))
         return [combined(each.numpy().tobytes()) for each in sums]
 
-    def _write_fetched(self, pieces: Sequence[Piece], specs: Sequence[TensorSpec], memory: memoryview) -> list[str]:
-        """Ranks on several machines send to rank 0, which writes; also in FP8, whose blocks may span several shards."""
-        spans = list(_bytes_of(specs, memory)) if self._rank == 0 else []
-        whole = [pair for piece in pieces for pair in fetch(self.model.bridge, self.model.chunks, piece)]
-        tensors = [t for name, tensor in whole for _, t in self._formed(name, tensor)]
-        for span, tensor in zip(spans, tensors, strict=True):
-            target = torch.frombuffer(span, dtype=torch.uint8)
-            target.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
-        return [digest(span) for span in spans]
+    def _write_fetched(self, pieces: Sequence[Piece], spans: Sequence[torch.Tensor]) -> None:
+        """Ranks send to rank 0, which writes: from other machines, into its device's memory, and in FP8, whose blocks
+        may span several shards.
+        """
+        free = iter(spans)
+        for piece in pieces:
+            for name, whole in fetch(self.model.bridge, self.model.chunks, piece):
+                for _, tensor in self._formed(name, whole):
+                    next(free).copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
 
     def _formed(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         """What the servers hold of a tensor."""
@@ -158,13 +205,27 @@ def _table(pieces: Sequence[Piece], fp8: Fp8 | None) -> list[TensorSpec]:
     return specs
 
 
-def _bytes_of(specs: Sequence[TensorSpec], memory: memoryview) -> Iterator[memoryview]:
+def _sum_of(data: torch.Tensor) -> str:
+    """The digest of bytes that lie on a device."""
+    total = WordSum(data.device)
+    total.update(data)
+    return total.hexdigest()
+
+
+_SUMS: Mapping[str, Callable[[], Sum]] = {"sha256": Sha256, "words": lambda: WordSum(here())}
+"""By `HeldLayout.digest`."""
+
+
+Data = TypeVar("Data", memoryview, torch.Tensor)
+
+
+def _bytes_of(specs: Sequence[TensorSpec], memory: Data) -> Iterator[Data]:
     """Each tensor's bytes in a bucket."""
     for spec in specs:
         yield memory[spec.offset : spec.offset + nbytes_of(spec)]
 
 
-def summed_by_servers(specs: Sequence[TensorSpec], memory: memoryview) -> Iterator[tuple[TensorSpec, memoryview]]:
+def summed_by_servers(specs: Sequence[TensorSpec], memory: torch.Tensor) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
     """The tensors whose bytes servers sum: those of a bucket, and for FP8 with its scales the BF16 it stands for."""
     spans = zip(specs, _bytes_of(specs, memory), strict=True)
     for spec, data in spans:
@@ -172,10 +233,9 @@ def summed_by_servers(specs: Sequence[TensorSpec], memory: memoryview) -> Iterat
             yield spec, data
             continue
         scale, of_scale = next(spans)
-        values = torch.frombuffer(data, dtype=torch.float8_e4m3fn).view(spec.shape)
-        floats = dequantize(values, torch.frombuffer(of_scale, dtype=torch.float32).view(scale.shape))
-        plain = floats.to(torch.bfloat16).view(-1).view(torch.uint8)
-        yield replace(spec, dtype="bfloat16"), plain.numpy().data
+        values = data.view(torch.float8_e4m3fn).view(spec.shape)
+        floats = dequantize(values, of_scale.view(torch.float32).view(scale.shape))
+        yield replace(spec, dtype="bfloat16"), floats.to(torch.bfloat16).view(-1).view(torch.uint8)
 
 
 def in_turn(pieces: Sequence[Piece]) -> tuple[Piece, ...]:

@@ -92,9 +92,10 @@ class PolicyRank:
         """Leave the process groups and give back all memory and threads; a save that runs is abandoned."""
         if self._checkpoints is not None:
             self._checkpoints.abandon()
+        self._end_export()
         if self._model is not None:
             release(self._model)
-        self._model = self._reference = self._export = self._offload = self._checkpoints = None
+        self._model = self._reference = self._offload = self._checkpoints = None
         self._sender = None
         gc.collect()
         if dist.is_initialized():
@@ -277,6 +278,7 @@ class PolicyRank:
     def next_bucket(self, segment_path: str, nbytes: int) -> Bucket | None:
         """Fill shared memory of `nbytes` at `segment_path` with the next tensors, under Hugging Face names.
 
+        A path that begins with `cuda-ipc:` names memory of rank 0's device, and the bucket says how to open it.
         Collective; rank 0 writes and returns the bucket. None on the other ranks, and on rank 0 after the last one.
         Raises PolicyError when a tensor is larger than `nbytes`, or without `open_export`.
         """
@@ -294,6 +296,11 @@ class PolicyRank:
         if self._export is None:
             raise PolicyError("open_export() comes first")
         return self._export.expected(layout)
+
+    def _end_export(self) -> None:
+        if self._export is not None:
+            self._export.close()
+        self._export = None
 
     def open_group(self, name: str, host: str, backend: str, seconds: float) -> tuple[str, int]:
         """On rank 0: prepare a group of this rank and servers; the address at which they meet, `host` and a port."""
@@ -329,7 +336,7 @@ class PolicyRank:
 
         An export that is open ends. A verb that needs what is away raises PolicyError.
         """
-        self._export = None
+        self._end_export()
         return self._away.out(kinds)
 
     def onload(self, kinds: Sequence[Kind] = KINDS) -> Freed:

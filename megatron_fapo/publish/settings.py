@@ -11,8 +11,9 @@ from megatron_fapo.settings import Settings
 class PublishSettings(Settings):
     """How new weights reach the servers."""
 
-    transport: Literal["auto", "shared_memory", "disk", "group", "delta"] = "auto"
-    """shared_memory: servers on the trainer's machine read buckets from /dev/shm. disk: servers read safetensors files
+    transport: Literal["auto", "shared_memory", "cuda_ipc", "disk", "group", "delta"] = "auto"
+    """shared_memory: servers on the trainer's machine read buckets from /dev/shm. cuda_ipc: SGLang servers there read
+    buckets from the memory of the first rank's GPU. disk: servers read safetensors files
     from `folder`. group: the first rank broadcasts in a process group, also to servers on other machines. delta: only
     the elements that changed since the last version, the rest through shared memory. auto: group where servers are on
     other nodes than the first rank, else shared_memory."""

@@ -1,4 +1,4 @@
-"""The ways for weights: through shared memory, a folder, a process group, or as what changed.
+"""The ways for weights: through shared memory, a GPU's memory, a folder, a process group, or as what changed.
 
 Each takes the exporter's buckets one by one; none keeps weights in memory between calls.
 """
@@ -41,6 +41,8 @@ def make_transport(settings: PublishSettings, name: str, folder: Path) -> Weight
             return Disk(settings, name, settings.folder or folder / "weights")
         case "group":
             return ProcessGroup(settings, name)
+        case "cuda_ipc":
+            return CudaIpc(settings, name)
         case "delta":
             return Delta(settings, name, settings.folder or folder / "weights")
         case "auto" | "shared_memory":
@@ -83,6 +85,17 @@ class SharedMemory:
         """Unlink both segments."""
         for segment in self._segments:
             segment.unlink(missing_ok=True)
+
+
+class CudaIpc(SharedMemory):
+    """Buckets in the memory of the first rank's GPU, which servers on the same machine open (CUDA IPC)."""
+
+    def __init__(self, settings: PublishSettings, name: str) -> None:
+        super().__init__(settings, name)
+        self._segments = [Path(f"cuda-ipc:{slot}") for slot in (0, 1)]
+
+    def close(self) -> None:
+        """The memory is the exporter's, who gives it back."""
 
 
 class Disk(SharedMemory):

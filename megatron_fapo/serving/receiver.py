@@ -4,7 +4,7 @@
 |---|---|---|
 | nothing is generated meanwhile | by the open update; what runs waits in place | by a pause; what runs is retracted |
 | session (begin, end) | yes | where the server has the routes (0.5.22 and later) |
-| bytes | a segment, read by the engine | a segment, read by our loader inside SGLang |
+| bytes | a segment, read by the engine | a segment or memory of a GPU, read by our loader inside SGLang |
 | proof | digests of its parameters | its own checker's digests of its fused, sharded parameters |
 """
 
@@ -104,6 +104,7 @@ def receiver(command: Command, info: Mapping[str, Any], routes: Mapping[str, Any
         kv_heads=int(config.get("num_key_value_heads") or 1),
         experts=_experts(config) if int(info.get("ep_size") or 1) == 1 else 0,
         kept_in_bf16=kept_by(config),
+        digest="sha256" if info.get("device") == "cpu" else "words",
     )
     loads = LOADER in (info.get("custom_weight_loader") or ())
     return SGLang(command, layout, session="/begin_weight_update" in routes, loads=loads)

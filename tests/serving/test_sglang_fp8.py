@@ -63,7 +63,7 @@ def put(tensors: Tensors, segment: Segment) -> Bucket:
 
 def must_hold(bucket: Bucket, segment: Segment, layout: HeldLayout) -> dict[str, str]:
     held = HeldDigests(layout)
-    for spec, data in summed_by_servers(bucket.tensors, segment.memory):
+    for spec, data in summed_by_servers(bucket.tensors, torch.frombuffer(segment.memory, dtype=torch.uint8)):
         held.add(spec, data)
     return held.result()
 

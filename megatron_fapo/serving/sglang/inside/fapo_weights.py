@@ -1,12 +1,14 @@
-"""Runs inside SGLang's processes: copies a bucket from shared memory into SGLang's model.
+"""Runs inside SGLang's processes: copies a bucket from shared memory, or a GPU's memory, into SGLang's model.
 
 SGLang calls `load` as its `--custom-weight-loader` for every /update_weights_from_tensor with
 `load_format: "fapo_weights.load"`, once on each tensor-parallel rank; each takes its own shard. SGLang's environment
-does not have this package, so the module stands alone: torch and the standard library.
+does not have this package, so the module stands alone: torch, the standard library, and the one file of the package
+that stands alone as well, by its path.
 
 Nothing is verified here. What arrived is proven afterwards, by SGLang's own checker over its own parameters.
 """
 
+import importlib.util
 import json
 import mmap
 import os
@@ -22,15 +24,32 @@ import torch
 def load(model: Any, named: list[tuple[str, Any]]) -> None:
     """Load each table of contents (`records.Bucket` as JSON) that travels as the name of an empty tensor."""
     for table, _ in named:
-        model.load_weights(_tensors(json.loads(table)))
+        bucket = json.loads(table)
+        segment, nbytes = bucket["segment"], bucket["nbytes"]
+        if segment.startswith(cuda_ipc.PREFIX):
+            with cuda_ipc.opened(segment, nbytes) as memory:
+                model.load_weights(_tensors(bucket, memory))
+        else:
+            model.load_weights(_tensors(bucket, torch.frombuffer(_mapped(Path(segment), nbytes), dtype=torch.uint8)))
 
 
-def _tensors(bucket: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    memory = _mapped(Path(bucket["segment"]), bucket["nbytes"])
+def _tensors(bucket: dict[str, Any], memory: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     for spec in bucket["tensors"]:
-        dtype, shape = getattr(torch, spec["dtype"]), spec["shape"]
-        flat = torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=spec["offset"])
-        yield spec["name"], flat.view(shape)
+        dtype, shape, offset = getattr(torch, spec["dtype"]), spec["shape"], spec["offset"]
+        yield spec["name"], memory[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+def _load_cuda_ipc() -> Any:
+    path = Path(__file__).parents[3] / "compat" / "cuda_ipc.py"
+    spec = importlib.util.spec_from_file_location("fapo_cuda_ipc", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_ipc = _load_cuda_ipc()
 
 
 def _mapped(path: Path, nbytes: int) -> mmap.mmap:
