@@ -150,6 +150,13 @@ def serving(python: str, wanted: bool, trainer: Installed | str) -> Iterator[Fin
     )
     if isinstance(trainer, str) or not trainer["gpus"]:
         return
+    if megatron := installed["packages"]["megatron-core"]:
+        yield Finding.of(
+            "megatron-core beside sglang",
+            megatron,
+            warning="it switches torch_memory_saver to a hook that cannot pause CUDA graphs: keep it out of there, or "
+            "add --disable-cuda-graph to servers.ROLE.sglang.arguments where placement is colocated",
+        )
     if installed["nccl"] != trainer["nccl"]:
         yield Finding.of(
             "nccl of sglang",

@@ -57,6 +57,7 @@ def connect(rank: int, address: str, port: int, settings: PolicySettings, device
     torch.set_num_threads(settings.threads)
     # warn_only: what has no deterministic form on this device is named in the log rather than refused
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    torch.backends.cuda.enable_cudnn_sdp(not settings.deterministic)  # its backward has no deterministic form
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time and hides nothing here
     # gloo would ask the resolver for the host's name, and listen where that points
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(address))
@@ -241,6 +242,10 @@ def _optimizer(parallel: Sequence[Any], settings: PolicySettings, device: Device
     chosen = settings.optimizer
     if chosen.cpu_offload and not device.memory.apart:
         raise ConfigError("policy.optimizer.cpu_offload needs a CUDA device: on a CPU all state is on the host already")
+    if chosen.cpu_offload and settings.dtype == "float32":
+        raise ConfigError(
+            "policy.optimizer.cpu_offload: Megatron moves master weights, which float32 has not; use bfloat16"
+        )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

@@ -157,6 +157,16 @@ def test_rules_of_gpu_machines(installed, what, state, words, monkeypatch):
     assert words in found.advice
 
 
+@pytest.mark.parametrize(("megatron", "said"), [("0.18.2", ["warning"]), (None, [])])
+def test_megatron_beside_sglang_is_warned_of_where_memory_may_be_paused(tmp_path, megatron, said):
+    packages = {"sglang": doctor_stack.SGLANG, "transformers": "5.19.0", "megatron-core": megatron}
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{json.dumps(gpu_machine(packages=packages))}'\n")
+    python.chmod(0o755)
+    found = doctor_stack.serving(str(python), wanted=True, trainer=gpu_machine())
+    assert [finding.state for finding in found if finding.what == "megatron-core beside sglang"] == said
+
+
 def test_the_sglang_that_is_tested_is_the_one_that_is_installed():
     pins = (Path(__file__).parents[1] / "support" / "sglang" / "requirements.txt").read_text().splitlines()
     assert f"sglang=={doctor_stack.SGLANG}" in pins

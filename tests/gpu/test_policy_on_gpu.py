@@ -89,8 +89,9 @@ def test_each_phase_holds_the_memory_that_it_should(card: str, small: Path, tmp_
     for kind, nbytes in sizes.items():
         assert found["freed"][kind] == pytest.approx(nbytes, rel=0.1, abs=1 << 16), kind
     last = max(phase for phase in held if phase.startswith("update"))
-    assert held[last]["held"] == pytest.approx(sum(sizes.values()), rel=0.25, abs=16 << 20)
-    assert held["away"]["held"] < held[last]["held"] - 0.9 * sum(sizes.values())
+    workspace = held["away"]["held"]  # of cuBLAS, 64 MiB on Hopper, and a little
+    assert workspace < 96 << 20
+    assert held[last]["held"] - workspace == pytest.approx(sum(sizes.values()), rel=0.1, abs=4 << 20)
     assert held["back"]["held"] == pytest.approx(held[last]["held"], rel=0.05)
 
 
