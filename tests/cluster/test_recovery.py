@@ -2,6 +2,8 @@
 
 import asyncio
 import signal
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -57,7 +59,11 @@ def servers() -> set[int]:
     return {p.pid for p in ours if "megatron_fapo.serving.engine.main" in " ".join(p.cmdline())}
 
 
-async def harm(cluster: Cluster, faults: list[Fault], said: list[str]) -> None:
+async def no_harm(cluster: Cluster, said: list[str]) -> None:
+    """Nobody disturbs the run."""
+
+
+async def in_phases(faults: list[Fault], cluster: Cluster, said: list[str]) -> None:
     """Send each fault's signal in its phase, the next one once the ranks live again."""
     for phase, step, number in faults:
         while not (cluster.policy.ranks.phase == phase and cluster.policy.ranks.step == step):
@@ -72,15 +78,19 @@ async def harm(cluster: Cluster, faults: list[Fault], said: list[str]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def run(config: Config, path: Path, faults: list[Fault]) -> list[str]:
-    """A whole run under these faults; what was said of each."""
+Harm = Callable[[Cluster, list[str]], Coroutine[None, None, None]]
+"""Does harm to a cluster, and notes what is said of each rank that is lost."""
+
+
+async def run(config: Config, path: Path, harm: Harm) -> list[str]:
+    """A whole run to which harm is done, which keeps its servers; what was said of each loss."""
     folder = RunFolder(path)
     folder.create()
     said: list[str] = []
     with open_sinks(config.observe, path, config=config.model_dump(mode="json")) as sinks:
         async with open_cluster(config, folder, Watcher(), asyncio.Event()) as cluster:
             before = servers()
-            harming = asyncio.create_task(harm(cluster, faults, said))
+            harming = asyncio.create_task(harm(cluster, said))
             try:
                 await train_to_the_end(config, cluster, RunState(step=0, cursor=0), sinks)
             finally:
@@ -93,31 +103,36 @@ async def run(config: Config, path: Path, faults: list[Fault]) -> list[str]:
     return said
 
 
+def same(disturbed: Path, whole: Path, losses: int) -> bool:
+    """Whether a run that lost ranks so often has the metrics and final weights of one that lost none."""
+    found, expected = (dict(read_metrics(path / "metrics.jsonl")) for path in (disturbed, whole))
+    assert found[max(found)]["recover/count"] == losses
+    bare = {
+        step: {name: value for name, value in without_time(line).items() if not name.startswith("recover/")}
+        for step, line in found.items()
+    }
+    sums = [file_sum(path / "model" / "model.safetensors") for path in (disturbed, whole)]
+    return bare == {step: without_time(line) for step, line in expected.items()} and sums[0] == sums[1]
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 async def test_a_run_whose_ranks_die_and_freeze_in_each_phase_ends_as_one_that_nobody_disturbed(tmp_path: Path) -> None:
     config = read_config(Path("configs/clock/fapo.yaml"), TINY)
-    assert await run(config, tmp_path / "whole", []) == []
-    said = await run(config, tmp_path / "disturbed", FAULTS)
+    assert await run(config, tmp_path / "whole", no_harm) == []
+    said = await run(config, tmp_path / "disturbed", partial(in_phases, FAULTS))
     for (phase, step, number), text in zip(FAULTS, said, strict=True):
         how = "process died" if number == signal.SIGKILL else "is frozen"
         assert how in text, text
         assert f"step {step}" in text, text
         assert any(f"phase {one}" in text for one in (phase, AFTER[phase])), text  # it may end before the next question
         assert "role policy, rank " in text, text
-    whole, disturbed = (dict(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("whole", "disturbed"))
-    assert disturbed[4]["recover/count"] == len(FAULTS)
-    same = {
-        step: {name: value for name, value in without_time(line).items() if not name.startswith("recover/")}
-        for step, line in disturbed.items()
-    }
-    assert same == {step: without_time(line) for step, line in whole.items()}
-    final = [file_sum(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "disturbed")]
-    assert final[0] == final[1]
+    assert same(tmp_path / "disturbed", tmp_path / "whole", len(FAULTS))
 
 
 @pytest.mark.long
 async def test_ranks_that_are_lost_again_and_again_end_the_run_by_name(tmp_path: Path) -> None:
     config = read_config(Path("configs/clock/fapo.yaml"), [*TINY, "checkpoint.every=0", "cluster.recoveries=1"])
+    faults: list[Fault] = [("train", step, signal.SIGKILL) for step in (0, 1)]
     with pytest.raises(RankLost, match=r"process died: .*role policy, rank ., .*phase train, step 1"):
-        await run(config, tmp_path / "run", [("train", 0, signal.SIGKILL), ("train", 1, signal.SIGKILL)])
+        await run(config, tmp_path / "run", partial(in_phases, faults))
