@@ -8,7 +8,7 @@ import typer
 from megatron_fapo.config import Config, read_config
 from megatron_fapo.errors import ConfigError
 from megatron_fapo.records import Role
-from megatron_fapo.run.folder import RunFolder
+from megatron_fapo.run.folder import RunFolder, Wanted
 
 EXAMPLE = "Example: fapo servers runs/fapo-s1 --policy 4"
 
@@ -18,7 +18,7 @@ def command(
     policy: Annotated[int | None, typer.Option(help="Servers that generate rollouts.", min=1)] = None,
     judge: Annotated[int | None, typer.Option(help="Servers that generate verdicts.", min=1)] = None,
 ) -> None:
-    """Add or remove servers of a run while it goes on, from its next step on.
+    """Add or remove servers of a run while it goes on, from its next step on, and for as often as it is resumed.
 
     Those that come hold the present weights before they get work; those that leave finish what they were asked.
     """
@@ -34,7 +34,8 @@ def command(
     if not asked:
         raise ConfigError("nothing is asked: add --policy N or --judge N")
     _check(config, asked)
-    folder.ask_for_servers(asked)
+    started = dict(config.started_servers())
+    folder.ask_for_servers({role: Wanted(count=count, configured=started[role].count) for role, count in asked.items()})
     told = ", ".join(f"{count} for {role}" for role, count in asked.items())
     typer.echo(f"{run}: the run takes it up with its next step: {told}")
 

@@ -156,7 +156,7 @@ async def open_cluster(
 
     They start side by side, but where they share devices: a server sizes its cache by the memory that it finds.
     """
-    folder.servers_asked_for()  # of a run that has ended: this one begins with what its configuration says
+    config = with_servers_asked_for(config, folder)
     async with AsyncExitStack() as stack:
         phases, publishing = None, config.publish
         if config.cluster.placement == "split" and not config.cluster.servers_elsewhere:
@@ -191,6 +191,25 @@ async def open_cluster(
             stop=stop,
             phases=phases,
         )
+
+
+def with_servers_asked_for(config: Config, folder: RunFolder) -> Config:
+    """A run that is resumed begins with as many servers as `fapo servers` asked for last: it may have been queued again
+    without anybody's doing. A `count` that was changed since then is what somebody said last, and counts; so does
+    the configuration where it has no room for as many."""
+    started = dict(config.started_servers())
+    begin = folder.begin_with_servers({role: settings.count for role, settings in started.items()})
+    servers = config.servers
+    for role, count in begin.items():
+        settings = started[role]
+        if count == settings.count:
+            continue
+        if count > settings.places or config.cluster.placement == "colocated":
+            log.warning("%s: %d servers were asked for, the run has room for %d", role, count, settings.places)
+            continue
+        log.warning("%s: beginning with %d servers, as was asked for", role, count)
+        servers = servers.changed(**{role: settings.changed(count=count)})
+    return config.changed(servers=servers)
 
 
 async def _start_model(config: Config, folder: RunFolder, stack: AsyncExitStack) -> MegatronModel:

@@ -7,7 +7,7 @@
     RUN/checkpoints/step-N/    the model's files, their manifest.json, and state.json, written last
     RUN/checkpoints/latest     a link to the newest of them
     RUN/logs/                  servers and ranks
-    RUN/servers.json           {role: servers wanted from the next step on}, until the run has read it
+    RUN/servers.json           {role: servers that `fapo servers` asked for}, which a resumed run begins with as well
     RUN/model/                 the final policy for Hugging Face
 
 A checkpoint is written under a hidden name and renamed when all of it is on disk, so what looks finished is.
@@ -17,7 +17,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_fapo import manifest
@@ -31,6 +31,15 @@ STATE = "state.json"
 LATEST = "latest"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """How many servers of a role were asked for."""
+
+    count: int
+    configured: int
+    """What `servers.ROLE.count` was then: once it is another number, that one counts."""
+
+
 class RunFolder:
     """Paths of a run, and its checkpoints."""
 
@@ -40,7 +49,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.config = self.path / "config.yaml"
-        self.wanted = self.path / "servers.json"
+        self._wanted = self.path / "servers.json"
+        self._asked_at = 0
 
     def create(self) -> None:
         """Make the folders."""
@@ -51,18 +61,35 @@ class RunFolder:
         """Whether a run was started here before."""
         return self.config.exists()
 
-    def ask_for_servers(self, counts: Mapping[Role, int]) -> None:
-        """Tell the run that goes on here how many servers each of these roles shall have."""
-        manifest.write_durably(self.wanted, json.dumps(counts))
+    def ask_for_servers(self, wanted: Mapping[Role, Wanted]) -> None:
+        """Tell the run that goes on here how many servers it shall have; roles that are left out stay as asked."""
+        self._write_wanted({**self.servers_wanted(), **wanted})
 
     def servers_asked_for(self) -> dict[Role, int]:
-        """What was asked since the last call."""
-        try:
-            asked = self.wanted.read_text()
-        except FileNotFoundError:
+        """What is wanted, where somebody has asked since the last call."""
+        at = self._wanted.stat().st_mtime_ns if self._wanted.exists() else 0
+        if at == self._asked_at:
             return {}
-        self.wanted.unlink()
-        return dict(json.loads(asked))
+        self._asked_at = at
+        return {role: wanted.count for role, wanted in self.servers_wanted().items()}
+
+    def servers_wanted(self) -> dict[Role, Wanted]:
+        """What was asked last for each role, whenever that was."""
+        if not self._wanted.exists():
+            return {}
+        return {role: Wanted(**values) for role, values in json.loads(self._wanted.read_text()).items()}
+
+    def begin_with_servers(self, configured: Mapping[Role, int]) -> dict[Role, int]:
+        """Of the servers that a run starts, {role: number}: what was asked last, unless its configuration says another
+        number than it said then. What was overruled is forgotten."""
+        holds = {role: one for role, one in self.servers_wanted().items() if configured.get(role) == one.configured}
+        if self._wanted.exists():
+            self._write_wanted(holds)
+        self.servers_asked_for()
+        return {**configured, **{role: wanted.count for role, wanted in holds.items()}}
+
+    def _write_wanted(self, wanted: Mapping[Role, Wanted]) -> None:
+        manifest.write_durably(self._wanted, json.dumps({role: asdict(one) for role, one in wanted.items()}))
 
     def open_checkpoint(self, step: int) -> Path:
         """An empty folder for the model to write into; what interrupted saves left behind goes."""

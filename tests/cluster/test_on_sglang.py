@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.cluster.test_whole_runs import FAPO, ROOT, descendant, finish, lines, wait_for_steps
+from tests.cluster.whole_runs import FAPO, ROOT, descendant, finish, lines, wait_for_steps
 from tests.conftest import lacking
 from tests.serving.conformance import SGLANG
 

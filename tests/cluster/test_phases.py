@@ -15,7 +15,7 @@ from megatron_fapo.serving.launcher import launch_one
 from megatron_fapo.serving.memory import ServerMemory
 from megatron_fapo.serving.settings import ServerSettings
 from megatron_fapo.trace import Kind
-from tests.cluster.test_whole_runs import ROOT, finish, lines, start, timeless
+from tests.cluster.whole_runs import ROOT, finish, lines, start, timeless
 from tests.serving.worlds import make_model
 
 FEW = ["train.steps=3", "evaluation.every=0", "checkpoint.every=2"]

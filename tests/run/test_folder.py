@@ -7,7 +7,7 @@ from megatron_fapo import manifest
 from megatron_fapo.errors import CheckpointDamaged, ResumeError
 from megatron_fapo.manifest import Manifest
 from megatron_fapo.records import RunState
-from megatron_fapo.run.folder import RunFolder
+from megatron_fapo.run.folder import RunFolder, Wanted
 from megatron_fapo.run.settings import CheckpointSettings
 
 
@@ -115,3 +115,21 @@ def test_a_changed_byte_shows_in_the_sum_only(folder):
     found = manifest.read(path)
     with pytest.raises(CheckpointDamaged, match="weights: damaged, its checksum differs"):
         manifest.compare_sums(path, found, found.files)
+
+
+def test_servers_that_were_asked_for_are_told_once_and_stay_wanted_until_the_configuration_changes(folder):
+    assert folder.servers_asked_for() == {}
+    elsewhere = RunFolder(folder.path)
+    elsewhere.ask_for_servers({"policy": Wanted(count=3, configured=1)})
+    assert folder.servers_asked_for() == {"policy": 3}
+    assert folder.servers_asked_for() == {}
+    elsewhere.ask_for_servers({"judge": Wanted(count=2, configured=1)})
+    assert folder.servers_asked_for() == {"policy": 3, "judge": 2}
+    elsewhere.ask_for_servers({"judge": Wanted(count=2, configured=1)})  # once more: one of them may be gone
+    assert folder.servers_asked_for() == {"policy": 3, "judge": 2}
+
+    resumed = RunFolder(folder.path)
+    assert resumed.begin_with_servers({"policy": 1, "judge": 1}) == {"policy": 3, "judge": 2}
+    assert resumed.servers_asked_for() == {}
+    assert resumed.begin_with_servers({"policy": 2, "judge": 1}) == {"policy": 2, "judge": 2}
+    assert resumed.begin_with_servers({"policy": 1, "judge": 1}) == {"policy": 1, "judge": 2}
