@@ -235,13 +235,20 @@ class ServerClient:
         """What the server says about itself."""
         return await self._json("GET", "/get_server_info", None)
 
-    async def unfinished(self) -> int:
-        """Samples that the server generates or keeps waiting, whoever asked for them."""
+    async def busy(self) -> bool:
+        """Whether the server generates samples, or keeps some waiting, whoever asked for them."""
         info = await self.info()
         if info.get("engine") == "embedded":
-            return int(info["running"]) + int(info["waiting"])
+            return int(info["running"]) + int(info["waiting"]) > 0
         loads = (await self._json("GET", "/v1/loads?include=core", None))["loads"]
-        return sum(int(load["num_running_reqs"]) + int(load["num_waiting_reqs"]) for load in loads)
+        if any(int(load["num_running_reqs"]) + int(load["num_waiting_reqs"]) for load in loads):
+            return True
+        # These are as of its last pass: what came since then keeps a flush from being accepted.
+        try:
+            await self.flush_cache()
+        except RequestRejected:
+            return True
+        return False
 
     async def weight_version(self) -> str:
         """The name of the weights that it generates with now; "default" before the first update."""

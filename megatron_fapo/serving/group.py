@@ -175,7 +175,7 @@ class ServerGroup:
         """Whether a server still generates what it was asked; what came through the router only the server knows."""
         if any(member.client is client and member.outstanding for member in self._members):
             return True
-        return self._router is not None and await client.unfinished() > 0
+        return self._router is not None and await client.busy()
 
     def part(self, client: ServerClient) -> None:
         """A server has left."""

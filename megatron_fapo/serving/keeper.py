@@ -22,6 +22,8 @@ Start = Callable[[int], Awaitable[Server]]
 """Start the server of a place in the group."""
 _LOOK = 0.1
 """Seconds between two looks at whether a server that leaves has finished."""
+_IDLE_LOOKS = 2
+"""So many in a row must find it idle: a request may be on its way to it, or an answer from it."""
 Connect = Callable[[Server], ServerClient]
 
 
@@ -186,8 +188,10 @@ class Keeper:
         self._kept.pop(client)
         with contextlib.suppress(TimeoutError, ServerError):
             async with asyncio.timeout(self._settings.deadline):
-                while await self._group.busy(client):
+                idle = 0
+                while idle < _IDLE_LOOKS:
                     await asyncio.sleep(_LOOK)
+                    idle = 0 if await self._group.busy(client) else idle + 1
         self._group.part(client)
         log.warning("%s at %s has left", self._at(place), client.url)
 

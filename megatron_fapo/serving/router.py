@@ -6,6 +6,7 @@ prefix. Weight updates and control verbs do not go through it: it does not know 
 
 import asyncio
 import json
+import logging
 import os
 import sys
 import time
@@ -20,8 +21,10 @@ from megatron_fapo.serving.client import ServerClient
 from megatron_fapo.serving.process import died, free_port, stop, tail
 from megatron_fapo.serving.settings import ServerSettings
 
+log = logging.getLogger(__name__)
+
 _POLL_SECONDS = 0.05
-_ADD_SECONDS = 60.0
+_WAIT_SECONDS = 60.0
 _PROGRAM = """
 import json, sys
 from sglang_router.launch_router import launch_router
@@ -42,18 +45,25 @@ class RouterProcess:
         """Returns when the router has found the server healthy."""
         body = {"url": client.url} if self._key is None else {"url": client.url, "api_key": self._key}
         await self.client.request("POST", "/workers", body)
-        end = time.monotonic() + _ADD_SECONDS
+        end = time.monotonic() + _WAIT_SECONDS
         while not (await self._workers()).get(client.url, {}).get("is_healthy"):
             if time.monotonic() > end:
                 raise ServerError(f"the router at {self.client.url} did not find {client.url} healthy")
             await asyncio.sleep(_POLL_SECONDS)
 
     async def remove(self, client: ServerClient) -> None:
-        """Nothing happens where the router is gone, or never knew it."""
+        """Returns when the router has forgotten the server; nothing happens where it is gone, or never knew it."""
         with suppress(ServerUnreachable):
             worker = (await self._workers()).get(client.url)
-            if worker is not None:
-                await self.client.request("DELETE", f"/workers/{worker['id']}", None)
+            if worker is None:
+                return
+            await self.client.request("DELETE", f"/workers/{worker['id']}", None)
+            end = time.monotonic() + _WAIT_SECONDS
+            while client.url in await self._workers():
+                if time.monotonic() > end:
+                    log.warning("the router at %s does not forget %s", self.client.url, client.url)
+                    return
+                await asyncio.sleep(_POLL_SECONDS)
 
     async def alive(self) -> bool:
         """Whether it answers at all: without servers it is not ready, and still there."""
@@ -69,7 +79,7 @@ class RouterProcess:
 
 
 @asynccontextmanager
-async def launch_router(settings: ServerSettings, log: Path) -> AsyncIterator[RouterProcess]:
+async def launch_router(settings: ServerSettings, output: Path) -> AsyncIterator[RouterProcess]:
     """Start a router without servers; stop it at the end. Raises ServerError when it ends first or is too slow."""
     key, port = settings.api_key(), free_port(settings.host)
     arguments = {
@@ -91,12 +101,12 @@ async def launch_router(settings: ServerSettings, log: Path) -> AsyncIterator[Ro
         "shutdown_grace_period_secs": 1,
         "log_level": "warn",
     }
-    with log.open("ab") as output:
+    with output.open("ab") as lines:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", lifeline.__file__, str(lifeline.launcher()), sys.executable, "-c", _PROGRAM),
             stdin=asyncio.subprocess.PIPE,
-            stdout=output,
-            stderr=output,
+            stdout=lines,
+            stderr=lines,
             start_new_session=True,
             env={**os.environ, "RUST_BACKTRACE": "0"},
         )
@@ -109,9 +119,9 @@ async def launch_router(settings: ServerSettings, log: Path) -> AsyncIterator[Ro
         end = time.monotonic() + settings.start_timeout
         while not await router.alive():
             if process.returncode is not None:
-                raise died(process.pid, process.returncode, log)
+                raise died(process.pid, process.returncode, output)
             if time.monotonic() > end:
-                raise ServerError(f"router not ready after {settings.start_timeout} s:\n{tail(log)}")
+                raise ServerError(f"router not ready after {settings.start_timeout} s:\n{tail(output)}")
             await asyncio.sleep(_POLL_SECONDS)
         yield router
     finally:
