@@ -27,6 +27,14 @@ from megatron_fapo.tasks import clock_world
 from megatron_fapo.tasks.settings import ClockSettings
 from megatron_fapo.trace import Spans
 
+HOSTILE = (
+    "<script>window.hacked = 1</script>\n\n</script><script>window.hacked = 2</script>\n\n"
+    "<!-- <script> \u2028 & &lt;\n\n<img src=x onerror='window.hacked = 3'>\n\n\\boxed{1}"
+)
+"""A text that tries to get out of the page."""
+STEPS = 20
+"""Of each run that a report is made of."""
+
 CONFIGS = Path(__file__).parents[2] / "configs" / "clock"
 GROUP_SIZE = 8
 PROMPTS = 16
