@@ -5,6 +5,7 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import pytest
+from aiohttp import web
 
 from megatron_fapo.records import GenerationRequest, Sampling, ints
 from megatron_fapo.serving.client import ServerClient
@@ -96,3 +97,22 @@ def request_for():
         return GenerationRequest(ids=ids, token_ids=ints(prompt), seeds=tuple(seeds), sampling=sampling)
 
     return make
+
+
+@pytest.fixture
+async def fake():
+    """A real server that behaves as its handler says: `fake(handler)` -> URL."""
+    runners = []
+
+    async def start(generate):
+        app = web.Application()
+        app.router.add_post("/generate", generate)
+        app.router.add_get("/get_server_info", lambda request: web.json_response({"group_stream": True}))
+        runners.append(web.AppRunner(app, shutdown_timeout=0.1))
+        await runners[-1].setup()
+        await web.TCPSite(runners[-1], "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{runners[-1].addresses[0][1]}"
+
+    yield start
+    for runner in runners:
+        await runner.cleanup()
