@@ -10,6 +10,7 @@ from megatron_fapo.settings import reference
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+SUITE = ("generating", "control", "weights")
 TABLE = re.compile(r"(?<=<!-- conformance -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -25,9 +26,9 @@ def pages() -> dict[str, str]:
 
 def conformance() -> str:
     """The table of what each engine does, from the suite: a row a test, and what an engine is known to do instead."""
-    suite = ast.parse((ROOT / "tests" / "serving" / "test_conformance.py").read_text())
+    suite = [ast.parse((ROOT / "tests" / "serving" / f"test_conformance_{part}.py").read_text()) for part in SUITE]
     rows = ["| | embedded | sglang |", "|---|---|---|"]
-    for test in suite.body:
+    for test in (node for part in suite for node in part.body):
         if not isinstance(test, ast.AsyncFunctionDef) or not test.name.startswith("test_"):
             continue
         instead = {}

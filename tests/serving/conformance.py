@@ -102,3 +102,8 @@ def events(body: str) -> list:
     """The JSON of server-sent events, the closing [DONE] left out."""
     lines = [line.removeprefix("data: ") for line in body.split("\n\n") if line.strip()]
     return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+async def collect(client, request):
+    """{id: sample} of a request."""
+    return {sample.id: sample async for sample in client.generate(request)}

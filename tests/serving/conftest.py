@@ -11,7 +11,11 @@ from megatron_fapo.records import GenerationRequest, Sampling, ints
 from megatron_fapo.serving.client import ServerClient
 from megatron_fapo.serving.launcher import launch_one
 from megatron_fapo.serving.settings import ServerSettings
+from tests.conftest import lacking
+from tests.serving.conformance import ENGINES, KEY, SGLANG, Served, settings
 from tests.serving.worlds import CONTEXT, Reference, make_model
+
+SERVERS = [pytest.param(e, marks=pytest.mark.long if e == "sglang" else ()) for e in ENGINES]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -116,3 +120,35 @@ async def fake():
     yield start
     for runner in runners:
         await runner.cleanup()
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def launched(request, models, tmp_path_factory):
+    """(engine, URL) of a server of the first model."""
+    engine, folder = request.param, tmp_path_factory.mktemp("conformance")
+    if engine == "sglang" and not SGLANG.exists():
+        lacking("SGLang's environment is missing: make sglang-cpu")
+    (folder / "key").write_text(KEY)
+    with asyncio.Runner() as runner:
+        given = settings(engine, models[0], folder / "key", CONTEXT)
+        process = runner.run(launch_one(given, folder / f"{engine}.log", 0))
+        yield engine, process.url
+        runner.run(process.stop())
+
+
+@pytest.fixture
+async def server(request, launched, models):
+    """A server, left as it was found."""
+    engine, url = launched
+    if known := getattr(request.function, "known_differences", {}).get(engine):
+        request.node.add_marker(pytest.mark.xfail(reason=known.what, strict=True))
+        if not known.run:
+            pytest.xfail(known.what)
+    async with ServerClient(url, KEY, timeout=60) as client:
+        served = Served(engine, url, client)
+        yield served
+        await client.abort()
+        await client.resume_generation()
+        if await client.weight_version() != "default":
+            body = {"model_path": str(models[0]), "weight_version": "default"}
+            assert (await served.post("/update_weights_from_disk", **body))[0] == 200
