@@ -137,3 +137,37 @@ async def test_a_rank_that_dies_in_a_broadcast_is_what_the_run_hears_of(folder, 
             await weights.publish(2)
         await weights.publish(2)
         assert await all_hold(group, 2, second)
+
+
+class Dying(Model):
+    """`Model` whose ranks die, when `dying`, once half of the tensors have been written."""
+
+    dying = False
+
+    async def next_bucket(self, segment, nbytes):
+        if self.dying and len(self.left) < len(self.tensors) / 2:
+            self.dying = False
+            raise RankLost("process died")
+        return await super().next_bucket(segment, nbytes)
+
+
+async def test_a_rank_that_dies_between_two_buckets_leaves_no_base_for_a_delta(folder, tmp_path, tensors):
+    """Its files hold some buckets of the new version and some of the old: everything is sent in full."""
+    first, second = tensors
+    model = Dying(first)
+    async with publishing(folder, tmp_path, "delta", model, 1) as (group, weights, _):
+        transport = weights._transport
+        await weights.publish(1)
+        await weights.publish(1)
+        assert (transport.changed, transport.nbytes) == (0, 0)
+        model.tensors, model.dying = dict(second), True
+        with pytest.raises(RankLost):
+            await weights.publish(2)
+        model.tensors = dict(first)  # as the checkpoint has it
+        await weights.publish(1)
+        assert transport.changed is None
+        assert await all_hold(group, 1, first)
+        model.tensors = dict(second)
+        await weights.publish(2)
+        assert transport.changed > 0
+        assert await all_hold(group, 2, second)
