@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from megatron_fapo import lifeline
 from megatron_fapo.errors import FapoError
 from megatron_fapo.serving.engine.folder import read_config
-from megatron_fapo.serving.engine.http import Routes, listen, run_forever, runner
+from megatron_fapo.serving.engine.http import Routes
+from megatron_fapo.serving.engine.listening import listen, run_forever, runner
 from megatron_fapo.serving.engine.text import Text
 from megatron_fapo.serving.settings import ServerSettings
 
