@@ -144,6 +144,6 @@ def _remote_rank(settings: PolicySettings, logs: Path | None) -> Any:
     threads = str(settings.threads)
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TORCHDYNAMO_DISABLE": "1"}
     if logs is not None:  # its flight recorder adds the rank; read on CUDA alone
-        environment["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(logs / "nccl-rank-")
+        environment["TORCH_FR_DUMP_TEMP_FILE"] = str(logs / "nccl-rank-")
     options = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {ALIVE: 1}}
     return ray.remote(**options, runtime_env={"env_vars": environment})(RankActor)

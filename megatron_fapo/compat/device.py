@@ -20,8 +20,8 @@ def _the_only_one(rank: int) -> None:
     """There is one CPU device."""
 
 
-FLIGHT_RECORDER = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
-"""Collectives remembered by each rank. TORCH_NCCL_DEBUG_INFO_TEMP_FILE, to which the rank is added, says where."""
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""Collectives remembered by each rank. TORCH_FR_DUMP_TEMP_FILE, to which the rank is added, says where."""
 
 
 def _claim_gpu(rank: int) -> None:
