@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,7 +36,10 @@ class HeldLayout:
     kv_heads: int = 1
     """Key and value heads of the model; ranks beyond this number hold copies."""
     experts: int = 0
-    """Experts of a layer, of which every rank holds a shard of each, in two parameters; 0 where they lie otherwise."""
+    """Experts of a layer, which lie stacked in two parameters on each rank; 0 where they lie otherwise."""
+    expert_parallel: int = 1
+    """Groups of neighbouring ranks that hold equally many experts each, a group the first ones; within a group every
+    rank holds a shard of each."""
     digest: Literal["sha256", "words"] = "sha256"
     """How SGLang's checker sums a parameter: sha256 on a CPU, sums of mixed 32-bit words on CUDA."""
     kept_in_bf16: tuple[str, ...] | None = None
@@ -44,6 +47,25 @@ class HeldLayout:
 
     SGLang's checker sums the BF16 rounding of what FP8 values and scales stand for: that is what `HeldDigests` gets.
     """
+
+    def share(self, rank: int, expert: int | None) -> tuple[int, int] | None:
+        """Which shard of how many a rank holds of a tensor that is cut; None for an expert that other ranks hold."""
+        if expert is None:
+            return rank, self.tensor_parallel
+        together = self.tensor_parallel // self.expert_parallel
+        mine = expert * self.expert_parallel // self.experts == rank // together
+        return (rank % together, together) if mine else None
+
+
+class _Slot(NamedTuple):
+    """Where a tensor goes."""
+
+    parameter: str
+    module: str
+    part: int
+    """Its place among the tensors that the parameter is made of, and their number."""
+    parts: int
+    expert: int | None = None
 
 
 class Sum(Protocol):
@@ -90,35 +112,37 @@ class HeldDigests:
         if self.layout.engine == "embedded":
             self._done[spec.name] = spec.digest
             return
-        name, module, place, parts = self._slot(spec.name)
+        slot = self._slot(spec.name)
+        name = slot.parameter
         flat = np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else data
         rows = flat.reshape(spec.shape[0], -1)
         reached, sums = self._open.pop(name, (0, [self._new_sum() for _ in range(self.layout.tensor_parallel)]))
-        if place != reached:
-            raise WeightsError(f"tensor {spec.name!r}: came out of order, part {place} of {name} after {reached}")
+        if slot.part != reached:
+            raise WeightsError(f"tensor {spec.name!r}: came out of order, part {slot.part} of {name} after {reached}")
         for rank, total in enumerate(sums):
-            for piece in self._shard(rows, module, spec, rank):
+            share = self.layout.share(rank, slot.expert)
+            for piece in self._shard(rows, slot.module, spec, *share) if share is not None else ():
                 total.update(piece)
-        if place + 1 < parts:
-            self._open[name] = (place + 1, sums)
+        if slot.part + 1 < slot.parts:
+            self._open[name] = (slot.part + 1, sums)
             return
         for rank, total in enumerate(sums):
             self._done[_on(name, rank, len(sums))] = total.hexdigest()
 
-    def _slot(self, tensor: str) -> tuple[str, str, int, int]:
-        """The parameter that a tensor goes to, which module's it is, and which part of how many."""
+    def _slot(self, tensor: str) -> _Slot:
         match = _EXPERT.fullmatch(tensor)
-        if match is not None and self.layout.experts and self.layout.kept_in_bf16 is None:
+        if match is not None and self.layout.experts:
             prefix, expert, module = match[1], int(match[2]), match[3]
             if module == "down_proj":
-                return f"{prefix}w2_weight", module, expert, self.layout.experts
-            return f"{prefix}w13_weight", module, 2 * expert + (module == "up_proj"), 2 * self.layout.experts
+                return _Slot(f"{prefix}w2_weight", module, expert, self.layout.experts, expert)
+            part = 2 * expert + (module == "up_proj")
+            return _Slot(f"{prefix}w13_weight", module, part, 2 * self.layout.experts, expert)
         match = _NAME.fullmatch(tensor)
         if match is None or ".experts." in tensor:
             raise WeightsError(f"tensor {tensor!r}: how SGLang holds it is not known, so it cannot be proven there")
         prefix, module, kind = match[1] or "", match[2], match[3]
         fused, place = _PART.get(module, (module, 0))
-        return f"{prefix}{fused}.{kind}", module, place, len(_FUSED.get(fused, (module,)))
+        return _Slot(f"{prefix}{fused}.{kind}", module, place, len(_FUSED.get(fused, (module,))))
 
     def result(self) -> dict[str, str]:
         """All parameters. Raises WeightsError when a fused one is incomplete."""
@@ -126,9 +150,8 @@ class HeldDigests:
             raise WeightsError(f"{min(self._open)}: not all of its parts were sent")
         return dict(self._done)
 
-    def _shard(self, rows: Rows, module: str, spec: TensorSpec, rank: int) -> Iterator[Rows]:
+    def _shard(self, rows: Rows, module: str, spec: TensorSpec, rank: int, ranks: int) -> Iterator[Rows]:
         """A rank's part of a tensor, in pieces."""
-        ranks = self.layout.tensor_parallel
         if module in ("embed_tokens", "lm_head"):
             padded = -(-len(rows) // _VOCABULARY_PADDING) * _VOCABULARY_PADDING
             each = padded // ranks

@@ -24,6 +24,16 @@ from megatron_fapo.records import Bucket, TensorSpec
 from megatron_fapo.serving.sglang.command import LOADER
 from megatron_fapo.serving.sglang.wire import table_of_contents
 
+_EXPERTS_IN_ORDER: dict[str, tuple[Any, ...]] = {
+    "moe_dp_size": (None, 1),
+    "enable_dp_attention": (None, False),
+    "enable_eplb": (None, False),
+    "ep_num_redundant_experts": (None, 0),
+    "init_expert_location": (None, "trivial"),
+    "moe_a2a_backend": (None, "none"),
+}
+"""Settings of SGLang with which a rank holds experts in their order, each once; with others they lie elsewhere."""
+
 Json = dict[str, Any]
 Command = Callable[[str, Json], Awaitable[Json]]
 """POST a body to a path of the server; its answer."""
@@ -102,7 +112,8 @@ def receiver(command: Command, info: Mapping[str, Any], routes: Mapping[str, Any
         engine="sglang",
         tensor_parallel=int(info.get("tp_size") or 1),
         kv_heads=int(config.get("num_key_value_heads") or 1),
-        experts=_experts(config) if int(info.get("ep_size") or 1) == 1 else 0,
+        experts=0 if any(info.get(key) not in usual for key, usual in _EXPERTS_IN_ORDER.items()) else _experts(config),
+        expert_parallel=int(info.get("ep_size") or 1),
         kept_in_bf16=kept_by(config),
         digest="sha256" if info.get("device") == "cpu" else "words",
     )

@@ -8,6 +8,7 @@ import pytest
 from megatron_fapo.errors import WeightsError
 from megatron_fapo.held import HeldDigests, HeldLayout, differing
 from megatron_fapo.records import TensorSpec
+from megatron_fapo.serving.receiver import receiver
 
 HIDDEN, HEADS, KV_HEADS, HEAD, MLP, WORDS = 8, 4, 2, 4, 12, 70
 
@@ -74,24 +75,25 @@ def test_fused_and_sharded_as_sglang_does(tensors, ranks):
     assert found == expected
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "groups"), [(1, 1), (2, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("by_expert", [True, False], ids=["expert after expert", "projection after projection"])
-def test_experts_are_stacked_as_sglang_does(ranks, by_expert):
+def test_experts_are_stacked_as_sglang_does(ranks, groups, by_expert):
     rng = np.random.default_rng(0)
     shapes = {"gate_proj": (MLP, HIDDEN), "up_proj": (MLP, HIDDEN), "down_proj": (HIDDEN, MLP)}
     tensors = {
         (expert, name): rng.normal(size=shape).astype(np.float32)
-        for expert in range(3)
+        for expert in range(4)
         for name, shape in shapes.items()
     }
     order = tensors if by_expert else sorted(tensors, key=lambda place: place[1] == "down_proj")
     sent = {f"model.layers.1.mlp.experts.{expert}.{name}.weight": tensors[expert, name] for expert, name in order}
-    found = digests(sent, HeldLayout(engine="sglang", tensor_parallel=ranks, experts=3))
-    expected = {}
+    found = digests(sent, HeldLayout(engine="sglang", tensor_parallel=ranks, experts=4, expert_parallel=groups))
+    expected, shards = {}, ranks // groups
     for rank in range(ranks):
+        mine, shard = np.array_split(range(4), groups)[rank // shards], rank % shards
         on = f"@{rank}" if ranks > 1 else ""
-        up = [np.array_split(tensors[e, name], ranks)[rank] for e in range(3) for name in ("gate_proj", "up_proj")]
-        down = [np.array_split(tensors[e, "down_proj"], ranks, axis=1)[rank] for e in range(3)]
+        up = [np.array_split(tensors[e, name], shards)[shard] for e in mine for name in ("gate_proj", "up_proj")]
+        down = [np.array_split(tensors[e, "down_proj"], shards, axis=1)[shard] for e in mine]
         expected[f"model.layers.1.mlp.experts.w13_weight{on}"] = sha(*up)
         expected[f"model.layers.1.mlp.experts.w2_weight{on}"] = sha(*down)
     assert found == expected
@@ -115,3 +117,22 @@ def test_parts_of_a_fused_parameter_that_are_missing_or_out_of_order_are_named(t
 
 def test_what_differs_is_named_in_order():
     assert differing({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "x", "d": "4"}) == ["b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("told", "experts"),
+    [
+        ({"ep_size": 2, "init_expert_location": "trivial", "moe_a2a_backend": "none", "enable_eplb": False}, 4),
+        ({"ep_size": 2, "ep_num_redundant_experts": 2}, 0),
+        ({"ep_size": 2, "moe_a2a_backend": "deepep"}, 0),
+        ({"enable_dp_attention": True}, 0),
+    ],
+)
+async def test_where_experts_may_lie_in_another_order_their_place_is_not_known(tmp_path, told, experts):
+    (tmp_path / "config.json").write_text('{"num_experts": 4}')
+
+    async def command(path, body):
+        raise AssertionError(path)
+
+    layout = receiver(command, {"model_path": str(tmp_path), "tp_size": 2, **told}, {}).layout
+    assert (layout.experts, layout.expert_parallel) == (experts, told.get("ep_size", 1))

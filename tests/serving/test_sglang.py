@@ -46,6 +46,11 @@ def test_the_server_sees_nothing_of_our_packages_and_no_allocator_that_cannot_be
     assert (seen["PYTHONPATH"], seen["HOME"], seen["NCCL_CUMEM_ENABLE"]) == (str(INSIDE), "/h", "0")
     assert not {"PYTORCH_CUDA_ALLOC_CONF", "SGLANG_USE_CPU_ENGINE", "SGLANG_MEMORY_SAVER_CUDA_GRAPH"} & seen.keys()
     assert environment(given(on_cpu=True), ours)["SGLANG_USE_CPU_ENGINE"] == "1"
+    bound = "SGLANG_CPU_OMP_THREADS_BIND"
+    assert bound not in environment(given(on_cpu=True), ours)
+    two = given(on_cpu=True, tensor_parallel=2)
+    assert len(environment(two, ours)[bound].split("|")) == 2
+    assert environment(two, {bound: "0-3|4-7"})[bound] == "0-3|4-7"
     assert environment(given(memory_saver=True), ours)["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] == "1"
 
 

@@ -40,23 +40,25 @@ SIZES = {
 }
 
 
-def make_model(folder: Path, kind: str = "qwen3", seed: int = 0) -> Path:
-    """A random model saved as Hugging Face saves one, with a word-level tokenizer."""
+def make_model(folder: Path, kind: str = "qwen3", seed: int = 0, **given: float) -> Path:
+    """A random model saved as Hugging Face saves one, with a word-level tokenizer; `given` are other sizes."""
     torch.manual_seed(seed)
+    sizes = SIZES | given
     match kind:
         case "qwen3":
-            model = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True))
+            model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16, tie_word_embeddings=True))
         case "qwen3-moe":
-            sparse = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
-            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **sparse, head_dim=16, tie_word_embeddings=False))
+            sparse = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+            sizes = {"head_dim": 16, **sparse, **sizes}
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, tie_word_embeddings=False))
         case "qwen2":
-            model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False))
+            model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=False))
         case "llama":
-            model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
+            model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
         case "llama3-rope":
             rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0}
             rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-            model = LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=rope))
+            model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope))
         case "gpt2":
             config = GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=CONTEXT)
             config.eos_token_id, config.bos_token_id, config.pad_token_id, config.initializer_range = EOS, None, 0, 0.15

@@ -84,9 +84,19 @@ def environment(settings: ServerSettings, given: Mapping[str, str]) -> dict[str,
     result.pop("PYTORCH_ALLOC_CONF", None)
     if sglang.on_cpu:
         result["SGLANG_USE_CPU_ENGINE"] = "1"
+        if sglang.tensor_parallel > 1:  # unless told, SGLang wants a NUMA node for each rank
+            result.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _cores(sglang.tensor_parallel))
     else:
         result["NCCL_CUMEM_ENABLE"] = "0"
         result["NCCL_GRAPH_REGISTER"] = "0"  # NCCL in CUDA graphs hangs after a resume otherwise
     if sglang.memory_saver:
         result["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"
     return result
+
+
+def _cores(ranks: int) -> str:
+    """Cores for each of the ranks of a server, in SGLang's form: they share those that this process may use."""
+    mine = sorted(os.sched_getaffinity(0))
+    each = max(1, len(mine) // ranks)
+    starts = [rank * each % len(mine) for rank in range(ranks)]
+    return "|".join(",".join(str(core) for core in mine[start : start + each]) for start in starts)

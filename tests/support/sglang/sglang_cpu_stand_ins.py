@@ -10,9 +10,9 @@ last resort hands out inert stand-ins for these names alone, and only to real `i
 import importlib.machinery
 import sys
 import types
+from types import SimpleNamespace
 from typing import Any
 
-FP8_LAYERS = "sglang.srt.layers.quantization.fp8"
 STOOD_IN = frozenset({"triton", "torchvision", "sgl_kernel"})
 
 
@@ -126,41 +126,105 @@ def _is_probe() -> bool:
     return frame is not None and frame.f_code.co_filename.endswith("importlib/util.py")
 
 
-class Fp8Finder:
-    """Lets SGLang compute with FP8 weights on a CPU without AMX, where it ends once it has loaded them.
-
-    Its own code makes and fills the parameters; they stay as they were loaded, and products are taken with the floats
-    that they stand for.
-    """
+class ChangingFinder:
+    """Changes what SGLang's CPU path cannot do, once the module is loaded: `CHANGES`."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """The spec of SGLang's FP8 layers, changed once they are loaded; None for all else."""
-        spec = importlib.machinery.PathFinder.find_spec(name, path) if name == FP8_LAYERS else None
-        if spec is None or spec.loader is None:
+        """The spec of such a module; None for all else."""
+        change = CHANGES.get(name)
+        spec = None if change is None else importlib.machinery.PathFinder.find_spec(name, path)
+        if change is None or spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def exec_module(module: Any) -> None:
             execute(module)
-            module.Fp8LinearMethod.process_weights_after_loading = lambda method, layer: None
-            module.Fp8LinearMethod.apply = _float_product
+            change(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+def _compute_fp8(module: Any) -> None:
+    """FP8 weights on a CPU without AMX, where SGLang ends once it has loaded them.
+
+    Its own code makes and fills the parameters; they stay as they were loaded, and products are taken with the floats
+    that they stand for.
+    """
+    for kind in (module.Fp8LinearMethod, module.Fp8MoEMethod):
+        kind.process_weights_after_loading = lambda method, layer: None
+    module.Fp8LinearMethod.apply = _float_product
+    module.Fp8MoEMethod.create_moe_runner = _keep_runner_config
+    module.Fp8MoEMethod.apply = _float_experts
+
+
+def _leave_out_other_experts(module: Any) -> None:
+    """Experts that other ranks hold, which SGLang's dispatcher marks with -1, and its CPU forward takes for a place."""
+    native = module.moe_forward_native
+
+    def moe_forward_native(layer: Any, x: Any, topk_output: Any, config: Any) -> Any:
+        weights, ids, rest = topk_output
+        elsewhere, own, most = ids < 0, len(layer.w13_weight), ids.shape[1]
+        # Each in a row goes to another expert, since they are counted row by row; they weigh nothing.
+        places = ids.where(~elsewhere, own + ids.new_tensor(range(most)))
+        enough = SimpleNamespace(
+            num_experts=own + most,
+            w13_weight=_with_more(layer.w13_weight, most),
+            w2_weight=_with_more(layer.w2_weight, most),
+        )
+        return native(enough, x, (weights.masked_fill(elsewhere, 0), places, rest), config)
+
+    module.moe_forward_native = moe_forward_native
+
+
+def _with_more(experts: Any, count: int) -> Any:
+    more = experts.new_zeros(len(experts) + count, *experts.shape[1:])
+    more[: len(experts)] = experts
+    return more
+
+
+def _floats(values: Any, scale: Any, block: Any) -> Any:
+    """What FP8 values [..., rows, columns] and the scales of their blocks stand for."""
+    rows, columns = values.shape[-2:]
+    scale = scale.repeat_interleave(block[0], -2)[..., :rows, :]
+    return values.float() * scale.repeat_interleave(block[1], -1)[..., :columns]
+
+
 def _float_product(method: Any, layer: Any, x: Any, bias: Any = None) -> Any:
     from torch.nn.functional import linear
 
-    rows, columns = layer.weight.shape
-    block_rows, block_columns = method.quant_config.weight_block_size
-    scale = layer.weight_scale_inv.repeat_interleave(block_rows, 0)[:rows]
-    scale = scale.repeat_interleave(block_columns, 1)[:, :columns]
-    return linear(x, (layer.weight.float() * scale).to(x.dtype), bias)
+    weight = _floats(layer.weight, layer.weight_scale_inv, method.quant_config.weight_block_size)
+    return linear(x, weight.to(x.dtype), bias)
+
+
+def _keep_runner_config(method: Any, layer: Any, config: Any) -> None:
+    method.moe_runner_config = config
+
+
+def _float_experts(method: Any, layer: Any, dispatch_output: Any) -> Any:
+    from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
+    from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+
+    x, block = dispatch_output.hidden_states, method.quant_config.weight_block_size
+    floats = SimpleNamespace(
+        num_experts=layer.num_experts,
+        w13_weight=_floats(layer.w13_weight, layer.w13_weight_scale_inv, block).to(x.dtype),
+        w2_weight=_floats(layer.w2_weight, layer.w2_weight_scale_inv, block).to(x.dtype),
+    )
+    return StandardCombineInput(
+        hidden_states=moe_forward_native(floats, x, dispatch_output.topk_output, method.moe_runner_config)
+    )
+
+
+CHANGES = {
+    "sglang.srt.layers.quantization.fp8": _compute_fp8,
+    "sglang.srt.layers.moe.fused_moe_native": _leave_out_other_experts,
+}
+"""{module: what is changed in it}."""
 
 
 def install() -> None:
     """Have the finders asked. Twice is once."""
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Fp8Finder())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, ChangingFinder())  # type: ignore[arg-type]
         sys.meta_path.append(Finder())  # type: ignore[arg-type]
