@@ -28,7 +28,7 @@ class PublishSettings(Settings):
     """group: the address of the first rank's machine at which servers reach it. Default: the one by which Ray knows
     that node where servers are on other nodes, else 127.0.0.1."""
     group_timeout: Annotated[float, Field(gt=0)] = 120.0
-    """group: seconds for the members to meet, and for one broadcast."""
+    """group: seconds for the members to meet, and for one broadcast (on SGLang's side torch's default)."""
 
     def across(self, address: str) -> "PublishSettings":
         """The same for servers on other nodes than the first rank, whose node they reach at `address`."""

@@ -160,7 +160,10 @@ class ProcessGroup(SharedMemory):
         host, port = await exporter.open_group(
             self._group, settings.group_address or "127.0.0.1", settings.group_backend, settings.group_timeout
         )
-        first = Group(name=self._group, host=host, port=port, rank=1, world=world, backend=settings.group_backend)
+        first = Group(
+            name=self._group, host=host, port=port, rank=1, world=world, backend=settings.group_backend,
+            seconds=settings.group_timeout,
+        )  # fmt: skip
         places = [replace(first, rank=1 + sum(ranks[:number])) for number in range(len(ranks))]
         joining = [receiver.join_group(place) for receiver, place in zip(receivers, places, strict=True)]
         await _meet(exporter.join_group(world), joining)

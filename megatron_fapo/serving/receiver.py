@@ -51,6 +51,8 @@ class Group:
     """Of the server's first tensor-parallel rank; the others follow."""
     world: int
     backend: str = "gloo"
+    seconds: float = 120.0
+    """For the members to meet, and for one broadcast."""
 
     def body(self) -> Json:
         """As SGLang's /init_weights_update_group takes it."""
@@ -163,8 +165,8 @@ class Embedded:
         await self._command("/update_weights_from_tensor", body)
 
     async def join(self, group: Group) -> None:
-        """As one member."""
-        await self._command("/init_weights_update_group", group.body())
+        """As one member, which waits for a broadcast as long as the sender does."""
+        await self._command("/init_weights_update_group", group.body() | {"timeout": group.seconds})
 
     async def load_sent(self, bucket: Bucket, group: str) -> None:
         """The engine verifies each tensor's digest."""

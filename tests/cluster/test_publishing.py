@@ -52,23 +52,26 @@ class Model(Source):
             self.victim = None
         return bucket
 
-    lost = False
-    """Whether the sending rank dies in its next broadcast."""
+    lost = gone = False
+    """Whether the sending rank dies in its next broadcast, or its machine does, which closes no connection."""
 
     async def send_bucket(self, bucket):
         if self.lost:
             self.lost, self.sender = False, None  # which closes its connections
             gc.collect()
             raise RankLost("process died")
+        if self.gone:
+            self.gone = False
+            raise RankLost("no sign of life")
         return await super().send_bucket(bucket)
 
 
 @asynccontextmanager
-async def publishing(folder, tmp_path, way, model, count):
+async def publishing(folder, tmp_path, way, model, count, group_timeout=20):
     """(group of servers, their weights, an event that is set when one came back and was brought up to date)."""
     back = asyncio.Event()
     settings = ServerSettings(model=str(folder), context_length=CONTEXT, count=count)
-    given = PublishSettings(transport=way, bucket_megabytes=48 / 1024, group_timeout=20)
+    given = PublishSettings(transport=way, bucket_megabytes=48 / 1024, group_timeout=group_timeout)
     transport = make_transport(given, f"publishing-{os.getpid()}", tmp_path)
     async with launch(settings, "policy", tmp_path, Hooks()) as group:
         weights = PolicyWeights(model, group, transport)
@@ -135,6 +138,20 @@ async def test_a_rank_that_dies_in_a_broadcast_is_what_the_run_hears_of(folder, 
         model.tensors, model.lost = dict(second), True
         with pytest.raises(RankLost, match="process died"):
             await weights.publish(2)
+        await weights.publish(2)
+        assert await all_hold(group, 2, second)
+
+
+async def test_a_sender_whose_machine_is_gone_is_waited_for_as_long_as_is_said(folder, tmp_path, tensors):
+    first, second = tensors
+    model = Model(first)
+    async with publishing(folder, tmp_path, "group", model, 1, group_timeout=3) as (group, weights, _):
+        await weights.publish(1)
+        model.tensors, model.gone = dict(second), True
+        start = asyncio.get_running_loop().time()
+        with pytest.raises(RankLost, match="no sign of life"):
+            await weights.publish(2)
+        assert 3 <= asyncio.get_running_loop().time() - start < 20
         await weights.publish(2)
         assert await all_hold(group, 2, second)
 

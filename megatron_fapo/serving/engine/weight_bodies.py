@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # torch is imported after the port is open
 Json = dict[str, Any]
 
 _SECONDS = 120.0
-"""For the members of a group to meet, and for one of its broadcasts."""
+"""For the members of a group to meet, and for one of its broadcasts, unless its sender says otherwise."""
 
 
 def parse_bucket(body: Json) -> Bucket:
@@ -42,6 +42,7 @@ def parse_group(body: Json) -> tuple[str, Callable[[], "WeightGroup"]]:
         host, port = str(body["master_address"]), int(body["master_port"])
         rank, world = int(body["rank_offset"]), int(body["world_size"])
         name, backend = str(body["group_name"]), str(body.get("backend", "nccl"))
+        seconds = float(body.get("timeout", _SECONDS))
     if backend != "gloo":
         raise RequestRejected(f"backend {backend!r}: the embedded engine computes on the CPU, use gloo")
     if not 0 < rank < world:
@@ -51,8 +52,8 @@ def parse_group(body: Json) -> tuple[str, Callable[[], "WeightGroup"]]:
         from megatron_fapo.compat.weight_group import WeightGroup, meet
 
         try:
-            store = meet(host, port, world, _SECONDS, first=False)
-            return WeightGroup(store, rank, world, name, backend, _SECONDS)
+            store = meet(host, port, world, seconds, first=False)
+            return WeightGroup(store, rank, world, name, backend, seconds)
         except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
             raise RequestRejected(f"group {name!r} at {host}:{port}: {error}") from None
 
