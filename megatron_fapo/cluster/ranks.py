@@ -107,9 +107,7 @@ class Ranks:
 
     async def gather(self, verb: str, references: Sequence[Any]) -> list[Any]:
         """The answers to what was asked of the ranks, in their order."""
-        futures = [asyncio.wrap_future(reference.future()) for reference in references]
-        for future in futures:  # one that still runs when the ranks are ended fails later, and nobody asks why
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        futures = [_answer(reference) for reference in references]
         self._verbs.append(verb)
         try:
             done, silent = await asyncio.wait(futures, timeout=self.deadline, return_when=asyncio.FIRST_EXCEPTION)
@@ -181,7 +179,7 @@ class Ranks:
         verb = self._verbs[0] if self._verbs else None
         places = {rank: self._where(rank, verb) for rank in ranks}  # where they are now, not where the wait ends
         asked = {rank: self._actors[rank].alive.options(concurrency_group=ALIVE).remote() for rank in ranks}
-        answers = {rank: asyncio.wrap_future(reference.future()) for rank, reference in asked.items()}
+        answers = {rank: _answer(reference) for rank, reference in asked.items()}
         await asyncio.wait(answers.values(), timeout=patience, return_when=asyncio.FIRST_EXCEPTION)
         found: dict[int, BaseException] = {}
         for rank, answer in answers.items():
@@ -191,7 +189,6 @@ class Ranks:
             return found
         for rank, answer in answers.items():
             if not answer.done():
-                answer.add_done_callback(lambda done: done.cancelled() or done.exception())
                 said = f"the rank's process is frozen: no sign of life for {self._alive_within:g} s"
                 found[rank] = RankLost(f"{said} (cluster.rank_deadline)", **places[rank])
         return found
@@ -246,6 +243,13 @@ def _order(error: BaseException) -> int:
     if isinstance(cause, RankLost):
         return LOST_PEER
     return 1 if isinstance(cause, FapoError) else 2
+
+
+def _answer(reference: Any) -> asyncio.Future[Any]:
+    """What a rank was asked for. One that still runs when the ranks are ended fails later, and nobody asks why."""
+    future = asyncio.wrap_future(reference.future())
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future
 
 
 async def _failures(futures: Sequence[asyncio.Future[Any]]) -> Mapping[int, BaseException]:
