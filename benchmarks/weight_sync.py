@@ -97,16 +97,21 @@ class Ranks:
 
     async def open_export(self, layouts: Sequence[HeldLayout]) -> None:
         """All ranks."""
-        await asyncio.to_thread(self._ranks.call, "open_export", tuple(layouts))
+        await self._all("open_export", tuple(layouts))
 
     async def next_bucket(self, segment: str, nbytes: int) -> Bucket | None:
         """All ranks; the first has the table."""
-        bucket = (await asyncio.to_thread(self._ranks.call, "next_bucket", segment, nbytes))[0]
+        bucket = (await self._all("next_bucket", segment, nbytes))[0]
         return bucket if isinstance(bucket, Bucket) else None
 
     async def expected(self, layout: HeldLayout) -> dict[str, str]:
         """The first rank's."""
-        return dict((await asyncio.to_thread(self._ranks.call, "expected", layout))[0])
+        return dict((await self._all("expected", layout))[0])
+
+    async def _all(self, method: str, *arguments: object) -> list[object]:
+        """The ranks begin at once: whatever this process does next need not be done before."""
+        self._ranks.start(method, *arguments)
+        return await asyncio.to_thread(self._ranks.finish)
 
     async def open_group(self, name: str, host: str, backend: str, seconds: float) -> tuple[str, int]:
         """The first rank's address."""

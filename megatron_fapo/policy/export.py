@@ -6,12 +6,13 @@ All ranks know the plan (`policy.pieces`) and cut it into the same buckets witho
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,23 +24,25 @@ from megatron_fapo.fp8 import Fp8, served
 from megatron_fapo.held import HeldDigests, HeldLayout, Sha256, Sum
 from megatron_fapo.policy.hf_folder import SHARD_BYTES, Writer
 from megatron_fapo.policy.model import Model
+from megatron_fapo.policy.peers import Peers
 from megatron_fapo.policy.pieces import Piece, fetch, own_parts, places, plan, shapes
 from megatron_fapo.policy.quantize import dequantize, quantize
 from megatron_fapo.policy.target import Target, nbytes_of
 from megatron_fapo.records import Bucket, TensorSpec
-from megatron_fapo.weights import Segment, aligned, combined, digest, shared_memory_folder
+from megatron_fapo.weights import SUM, Segment, aligned, blocks, combined, digest, shared_memory_folder
 
 
 class Export:
     """Walks over all weights, bucket by bucket. Plan and segments are kept from walk to walk."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, seconds: float) -> None:
+        """Collective. `seconds` is how long a rank waits for another."""
         self.model = model
         self._plan = plan(model.bridge, model.chunks)
         self.pieces = self._plan
         self._next = 0
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._together = _one_machine()
+        self._peers = Peers(seconds) if _one_machine() else None
         self._segments: dict[Path, Segment] = {}
         self._blocks: dict[str, Block] = {}
         self._params = [dict(chunk.named_parameters()) for chunk in model.chunks]
@@ -68,9 +71,9 @@ class Export:
         used = aligned(specs[-1].offset + nbytes_of(specs[-1]))
         if str(path).startswith(PREFIX):
             return self._on_device(pieces, specs, self._block(str(path), nbytes), used)
-        if self._together and self._fp8 is None:
+        if self._peers is not None and self._fp8 is None:
             memory = self._map(path, nbytes)
-            digests = self._write_parts(pieces, specs, memory)
+            digests = self._write_parts(pieces, specs, memory, self._peers)
         else:
             memory = Segment.create(path, nbytes).memory if self._rank == 0 else memoryview(b"")
             spans = list(_bytes_of(specs, memory)) if self._rank == 0 else []
@@ -102,7 +105,9 @@ class Export:
         return Bucket(segment=segment, nbytes=used, tensors=tuple(specs))
 
     def close(self) -> None:
-        """Give the devices' memory back; segments belong to who named them."""
+        """Leave the other ranks and give the devices' memory back; segments belong to who named them."""
+        if self._peers is not None:
+            self._peers.close()
         for block in self._blocks.values():
             block.close()
         self._blocks.clear()
@@ -136,29 +141,42 @@ class Export:
                 self._segments[path] = Segment.open(path, nbytes)
         return self._segments[path].memory
 
-    def _write_parts(self, pieces: Sequence[Piece], specs: Sequence[TensorSpec], memory: memoryview) -> list[str]:
-        """Each rank writes its shards where they belong and sums what it fills alone, then its share of the rest."""
+    def _write_parts(
+        self, pieces: Sequence[Piece], specs: Sequence[TensorSpec], memory: memoryview, peers: Peers
+    ) -> list[str]:
+        """Each rank writes its shards where they belong and sums what it fills alone, then its share of the rest.
+
+        What has to wait for other ranks is written first, so that nobody waits long.
+        """
         places_of = [place for piece in pieces for place in places(piece)]
-        tensors = [Target(spec, memory, place) for spec, place in zip(specs, places_of, strict=True)]
-        again = iter(tensors)
+        ends = np.cumsum([blocks(nbytes_of(spec)) * SUM for spec in specs])
+        table = np.zeros(ends[-1], np.uint8)  # each sum is made by one rank
+        sums = np.split(table, ends[:-1])
+        tensors = [Target(spec, memory, at, to) for spec, at, to in zip(specs, places_of, sums, strict=True)]
+        own = list(self._own_parts(pieces, tensors))
+        for tensor, part in own:
+            if tensor.shared:
+                tensor.put(part, self._rank)
+        peers.arrive()
+        for tensor, part in own:
+            if not tensor.shared:
+                tensor.put(part, self._rank)
+        peers.all_arrived()
+        shared = ((tensor, block) for tensor in tensors for block in tensor.shared)
+        for tensor, block in islice(shared, self._rank, None, self._world):
+            tensor.sum(block)
+        peers.sum_on_first(table)
+        return [combined(each.data) for each in sums]
+
+    def _own_parts(self, pieces: Sequence[Piece], tensors: Iterable[Target]) -> Iterator[tuple[Target, torch.Tensor]]:
+        """What this rank has of each tensor."""
+        tensors = iter(tensors)
         for piece in pieces:
-            mine = [next(again) for _ in piece.tensors]
+            these = [next(tensors) for _ in piece.tensors]
             if self._rank in piece.ranks:
                 param = self._params[piece.chunk][piece.local_name].detach()
                 parts = own_parts(self.model.bridge, param, piece)
-                for tensor, part in zip(mine, parts, strict=bool(parts)):
-                    tensor.put(part, self._rank)
-        if self._world > 1:
-            dist.barrier()
-        shared = ((tensor, block) for tensor in tensors for block in tensor.shared())
-        for tensor, block in islice(shared, self._rank, None, self._world):
-            tensor.sum(block)
-        sums = [torch.frombuffer(tensor.sums, dtype=torch.uint8) for tensor in tensors]
-        if self._world > 1:  # each sum is zero on all ranks but one
-            table = torch.cat(sums).to(here())
-            dist.reduce(table, dst=0)
-            sums = list(torch.split(table.cpu(), [len(each) for each in sums]))
-        return [combined(each.numpy().tobytes()) for each in sums]
+                yield from zip(these, parts, strict=bool(parts))
 
     def _write_fetched(self, pieces: Sequence[Piece], spans: Sequence[torch.Tensor]) -> None:
         """Ranks send to rank 0, which writes: from other machines, into its device's memory, and in FP8, whose blocks

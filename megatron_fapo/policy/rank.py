@@ -272,7 +272,7 @@ class PolicyRank:
         """Start an export of the current weights, to servers that hold them in these layouts. Collective."""
         with self.device.active():
             if self._export is None:
-                self._export = export.Export(self.model)
+                self._export = export.Export(self.model, self.settings.timeout)
             self._export.restart(layouts)
 
     def next_bucket(self, segment_path: str, nbytes: int) -> Bucket | None:

@@ -19,33 +19,30 @@ class Target:
     rank has written.
     """
 
-    def __init__(self, spec: TensorSpec, memory: memoryview, places: Mapping[int, Place]) -> None:
-        """`memory` is the bucket, `places` where each rank's shard lies in the tensor."""
-        self._spec, self._places = spec, places
+    def __init__(self, spec: TensorSpec, memory: memoryview, places: Mapping[int, Place], sums: Bytes) -> None:
+        """`memory` is the bucket, `places` where each rank's shard lies in the tensor.
+
+        `sums` gets the sums of the blocks that this rank sums, end to end; the others' it leaves as they are.
+        """
+        self._spec, self._places, self._sums = spec, places, sums.data
         self._nbytes = nbytes_of(spec)
         self._bytes: Bytes = np.frombuffer(memory, np.uint8)[spec.offset : spec.offset + self._nbytes]
-        self.sums = bytearray(blocks(self._nbytes) * SUM)
-        """Of the blocks that this rank has summed, end to end; zeros elsewhere."""
+        filled = {block for rank in places for block in self._filled(rank)}
+        self.shared = [block for block in range(blocks(self._nbytes)) if block not in filled]
+        """The blocks that no rank fills alone."""
 
     def put(self, part: torch.Tensor, rank: int) -> None:
         """Write a rank's shard, and sum the blocks that it fills."""
         span = self._span(rank)
         if span is not None:
-            write(_runs(part.cpu()), self._bytes, span[0], memoryview(self.sums))
+            write(_runs(part.cpu()), self._bytes, span[0], self._sums)
             return
         whole = torch.from_numpy(self._bytes).view(part.dtype).view(self._spec.shape)
         whole[self._places[rank]].view(part.shape).copy_(part)
-        for block in self._filled(rank):
-            self.sum(block)
-
-    def shared(self) -> Iterator[int]:
-        """The blocks that no rank fills alone."""
-        filled = {block for rank in self._places for block in self._filled(rank)}
-        return (block for block in range(blocks(self._nbytes)) if block not in filled)
 
     def sum(self, block: int) -> None:
         """Sum a block that is written."""
-        self.sums[block * SUM : (block + 1) * SUM] = block_sum(self._bytes[block * BLOCK : (block + 1) * BLOCK].data)
+        self._sums[block * SUM : (block + 1) * SUM] = block_sum(self._bytes[block * BLOCK : (block + 1) * BLOCK].data)
 
     def _filled(self, rank: int) -> range:
         """The blocks that lie wholly in a rank's shard."""

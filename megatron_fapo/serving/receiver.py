@@ -12,7 +12,7 @@ import base64
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -149,7 +149,7 @@ class Embedded:
 
     async def load(self, bucket: Bucket) -> None:
         """The engine verifies each tensor's digest."""
-        body = {"load_format": "shared_memory", "bucket": asdict(bucket)}
+        body = {"load_format": "shared_memory", "bucket": bucket.to_json()}
         await self._command("/update_weights_from_tensor", body)
 
     async def load_folder(self, folder: str) -> None:
@@ -160,7 +160,7 @@ class Embedded:
         """Overwrite what changed. Raises BaseDiffers before a byte changes when the server holds another base."""
         body = {
             "load_format": "delta",
-            "changes": [{**asdict(spec), "change": change.to_json()} for spec, change in changes],
+            "changes": [{**spec.to_json(), "change": change.to_json()} for spec, change in changes],
         }
         await self._command("/update_weights_from_tensor", body)
 
@@ -211,7 +211,7 @@ class SGLang:
             raise RequestRejected(
                 f"this SGLang server cannot read segments: start it with --custom-weight-loader {LOADER}"
             )
-        payload = base64.b64encode(table_of_contents(json.dumps(asdict(bucket)))).decode()
+        payload = base64.b64encode(table_of_contents(json.dumps(bucket.to_json()))).decode()
         body = {
             "serialized_named_tensors": [payload] * self.layout.tensor_parallel,
             "load_format": LOADER,

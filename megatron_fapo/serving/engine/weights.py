@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,8 +107,12 @@ class Weights:
         specs = [spec for spec in bucket.tensors if not self._is_tied_head(spec.name)]
         targets = [self._target(spec.name, spec.shape) for spec in specs]
         self._missing.update(spec.name for spec in specs)
-        for _ in self._pool.map(self._copy_one, specs, targets, [memory] * len(specs)):
-            pass
+        # Each thread takes the next, the largest first: all end together, and a task a tensor would cost more.
+        left = iter(sorted(zip(specs, targets, strict=True), key=lambda pair: -pair[1].nbytes))
+        copying = [self._pool.submit(self._copy_each, left, memory) for _ in range(_COPIERS)]
+        wait(copying)
+        for done in copying:
+            done.result()
 
     def receive(self, specs: Sequence[TensorSpec], group: WeightGroup) -> None:
         """Take broadcast tensors straight into the parameters, verifying each. Raises as `copy` does."""
@@ -196,6 +200,11 @@ class Weights:
         if tuple(tensor.shape) != tuple(shape):
             raise RequestRejected(f"tensor {name!r}: has shape {list(shape)}, the model's is {list(tensor.shape)}")
         return tensor
+
+    def _copy_each(self, left: Iterator[tuple[TensorSpec, Tensor]], memory: Bytes) -> None:
+        """One thread's share; `left` is every thread's."""
+        for spec, target in left:
+            self._copy_one(spec, target, memory)
 
     def _copy_one(self, spec: TensorSpec, target: Tensor, memory: Bytes) -> None:
         _refuse_dtype(spec, target)
