@@ -23,6 +23,7 @@ from megatron_fapo.publish.settings import PublishSettings
 from megatron_fapo.records import Role
 from megatron_fapo.rollout.settings import EvaluationSettings, RolloutSettings
 from megatron_fapo.run.settings import CheckpointSettings
+from megatron_fapo.serving.bays import Bays, lending_problem
 from megatron_fapo.serving.settings import EndpointSettings, ServerSettings, SharedSettings
 from megatron_fapo.settings import Settings, load
 from megatron_fapo.tasks.settings import ClockSettings, TaskSettings
@@ -145,7 +146,8 @@ class Config(Settings):
         sglang = settings.sglang.changed(memory_saver=True) if settings.engine == "sglang" else settings.sglang
         # The policy is sent its weights after each sleep; nobody sends the judge its own.
         backup = settings.weights_cpu_backup or role == "judge"
-        return settings.changed(sglang=sglang, weights_cpu_backup=backup, restarts=0)
+        places = settings.places + Bays.of(dict(self.started_servers())).guests(role)
+        return settings.changed(sglang=sglang, weights_cpu_backup=backup, restarts=0, max_count=places)
 
     @property
     def batching(self) -> BatchSettings:
@@ -172,6 +174,7 @@ class Config(Settings):
             *self._server_problems(),
             *self._judge_problems(),
             self._batch_problem(),
+            lending_problem(dict(self.started_servers()), colocated=self.cluster.placement == "colocated"),
             *self._lead_problems(),
         )
         for problem in filter(None, problems):
@@ -302,7 +305,8 @@ class Config(Settings):
                     f"cluster.placement = colocated needs servers to give memory back, and SGLang on a CPU cannot: "
                     f"leave servers.{role}.sglang.on_cpu out, or set servers.{role}.engine = embedded"
                 )
-        ports = [port for _, server in self.started_servers() for port in _fixed_ports(server)]
+        bays = Bays.of(dict(self.started_servers()))
+        ports = [port for role, server in self.started_servers() for port in server.ports(bays.guests(role))]
         twice = sorted({port for port in ports if ports.count(port) > 1})
         if twice:
             problems.append(f"port {twice[0]} is given to two servers; set servers.ROLE.port apart, or 0 for free ones")
@@ -361,10 +365,6 @@ def _at(values: Any, *keys: str) -> Any:
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
     return values
-
-
-def _fixed_ports(server: ServerSettings) -> list[int]:
-    return [server.port + place for place in range(server.places)] if server.port else []
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -445,7 +445,7 @@ def lacking(config: Config) -> list[str]:
                 f"servers.{role}.router = sglang: sglang-router is not installed; pip install 'megatron-fapo[router]'"
             )
         server.api_key()
-        for port in _fixed_ports(server):
+        for port in config.server(role).ports():
             _check_port(f"servers.{role}.port", server.host, port)
     for key in ("train", "held_out"):
         source = getattr(config.task, key, None)

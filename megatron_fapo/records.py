@@ -81,6 +81,8 @@ class GenerationRequest:
     sampling: Sampling
     priority: int = 0
     """Of what waits at a server, the highest goes first."""
+    drawn: int = 0
+    """So many tokens at the end of `token_ids` are of the answer, whose drawing goes on after them."""
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.seeds):

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from megatron_fapo.records import Role
+
 
 class Clock(Protocol):
     """Where sampler and judge get time from, so that a test or a simulator can run them in virtual time."""
@@ -66,6 +68,23 @@ class Switch:
     taken: int
     resident: Mapping[str, int]
     """Bytes by owner afterwards, as each owner counts them itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stint:
+    """How long the servers of a role have worked on devices that two roles share, until they were taken or given back.
+
+    Example: `Stint(role="policy", lent=True, seconds=12.5, handed_over=True, nbytes=40 * 2**30)`.
+    """
+
+    role: Role
+    lent: bool
+    """Whether the devices are the other role's."""
+    seconds: float
+    handed_over: bool
+    """Whether the devices went to the other role's servers then; else the phase ended."""
+    nbytes: int
+    """KV cache memory that was given back for them."""
 
 
 @dataclass(slots=True)

@@ -102,7 +102,14 @@ async def run_training(
     folder.config.write_text(dump_config(of or config))
     dumped = (of or config).model_dump(mode="json")
     with open_sinks(config.observe, folder.path, config=dumped, resume_step=newest.step) as sinks:
-        watcher = Watcher(landed=sinks.progress, judged=sinks.judged, retried=sinks.retried, restarted=sinks.restarted)
+        watcher = Watcher(
+            landed=sinks.progress,
+            judged=sinks.judged,
+            retried=sinks.retried,
+            moved=sinks.moved,
+            restarted=sinks.restarted,
+            worked=sinks.worked,
+        )
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)

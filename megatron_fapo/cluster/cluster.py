@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from megatron_fapo.algorithm.settings import LossSettings
 from megatron_fapo.cluster.hosts import Hosts, open_hosts
+from megatron_fapo.cluster.lending import open_lending
 from megatron_fapo.cluster.model import MegatronModel
 from megatron_fapo.cluster.phases import Phases
 from megatron_fapo.cluster.publishing import PolicyWeights
@@ -171,7 +172,7 @@ async def open_cluster(
                 publishing = publishing.across(hosts.trainer)
             servers = await stack.enter_async_context(open_servers(config, folder.logs, watcher, hosts=hosts))
             if phases is not None:
-                await phases.attach(servers)
+                await stack.enter_async_context(open_lending(config, servers, phases, watcher.worked))
         task = await stack.enter_async_context(open_task(config))
         # Named after the run, so that a resumed run reuses (and removes) what a killed one left behind.
         name = hashlib.blake2b(bytes(folder.path), digest_size=8).hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fapo import lifeline
-from megatron_fapo.cluster.seats import Seat, Wish, seats
+from megatron_fapo.cluster.seats import Seat, seats, wishes_of
 from megatron_fapo.config import Config
 from megatron_fapo.errors import FapoError, ServerError
 from megatron_fapo.records import Role
@@ -116,8 +116,8 @@ class Hosts:
 
     def starts(self, config: Config) -> dict[Role, Start]:
         """How the servers of each role are started: each on its seat. Raises ConfigError where they do not fit."""
-        wishes = {role: Wish(count=server.places, gpus=server.gpus) for role, server in config.started_servers()}
-        placed = seats(wishes, nodes=len(self.actors), gpus=self.gpus)
+        wishes, bays = wishes_of(config)
+        placed = seats(wishes, nodes=len(self.actors), gpus=self.gpus, bays=bays)
         return {role: self._start(places) for role, places in placed.items()}
 
     def _start(self, places: Sequence[Seat]) -> Start:

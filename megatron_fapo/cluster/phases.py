@@ -5,7 +5,7 @@
 | phase | ranks hold | policy servers hold | judge servers hold |
 |---|---|---|---|
 | publish | parameters | weights | – |
-| generate | – | weights, KV cache | weights, KV cache |
+| generate | – | weights, KV cache; no cache where devices are lent | weights, KV cache; the same |
 | train | parameters, gradients, optimizer | – | – |
 
 Every change of phase is the same: first all that the next phase has no use for is given back, by everyone, and read
@@ -15,7 +15,7 @@ failed to let go is named before another one runs out of memory.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +25,7 @@ from megatron_fapo.held import differing
 from megatron_fapo.records import Role
 from megatron_fapo.serving.client import ServerClient
 from megatron_fapo.serving.group import ServerGroup
+from megatron_fapo.serving.lending import Lender
 from megatron_fapo.serving.memory import TAGS, ServerMemory, Tag
 from megatron_fapo.trace import KINDS, Kind, Phase, Switch
 
@@ -86,6 +87,8 @@ class Phases:
         """Of each rank, what it held of each kind before it gave that back."""
         self.phase: Phase | None = None
         """Where the run is; None until the servers have come up beside ranks that hold nothing."""
+        self.lender: Lender | None = None
+        """Who lets devices change hands while the run is in `generate`."""
         self._switches: list[Switch] = []
         self._turn = asyncio.Lock()
         """Held by a change of phase, and by a server that is started again."""
@@ -101,19 +104,31 @@ class Phases:
         """Let the servers hold nothing, so that ranks can start on their devices."""
         async with self._turn:
             self._serving.clear()
+            if self.lender is not None and self.phase == "generate":
+                self.lender.end()
             await asyncio.gather(*(memory.give(TAGS) for _, memory in self._each()))
             self.phase = None
 
-    async def attach(self, groups: Mapping[Role, ServerGroup]) -> None:
-        """Take charge of servers that have just started, and remember which weights the judge has."""
+    async def attach(
+        self, groups: Mapping[Role, ServerGroup], more: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """Take charge of servers that have just started, and remember which weights the judge has.
+
+        `more` starts others on their devices, which find them empty and leave them so.
+        """
         self._groups = dict(groups)
-        for group in groups.values():
-            group.hooks.room = self._room
         for sums in await self._judge_sums():
             self._judge = sums
+        if more is not None:
+            await self.make_way()
+            _refuse_held(await self._resident(), (), "start")
+            await more()
+            await self.make_way()
+        for group in groups.values():
+            group.hooks.room = self.room
 
     @asynccontextmanager
-    async def _room(self) -> AsyncIterator[None]:
+    async def room(self) -> AsyncIterator[None]:
         """While the devices are the servers'; they stay so until the body ends."""
         while True:
             await self._serving.wait()
@@ -136,12 +151,38 @@ class Phases:
             if phase == "generate":
                 self._serving.set()
 
+    async def hand_over(self, givers: Sequence[ServerClient], takers: Sequence[ServerClient]) -> int:
+        """As `serving.lending.Devices`. What engines do not tell, the ranks' devices do: they must have more room."""
+        memories = dict(zip((m.client for _, m in self._each()), (m for _, m in self._each()), strict=True))
+        giving, taking = ([memories[client] for client in clients] for clients in (givers, takers))
+        before, room = await _cache(giving), await self._ranks.device_free()
+        await asyncio.gather(*(memory.give(("kv_cache",)) for memory in giving))
+        after = await _cache(giving)
+        for memory, held in zip(giving, after, strict=True):
+            if held:
+                raise MemoryHeld(
+                    f"{memory.client.url} lends its devices and still holds {held / GIB:.3f} GiB of KV cache",
+                    phase="generate",
+                )
+        freed = sum(size or 0 for size in before)
+        if None in after:
+            freed = sum(free or 0 for free in await self._ranks.device_free()) - sum(free or 0 for free in room)
+            if freed <= 0 and None not in room:
+                told = ", ".join(memory.client.url for memory in giving)
+                raise MemoryHeld(f"{told}: lends its devices, and they have no more room than before", phase="generate")
+        await asyncio.gather(*(memory.take(("kv_cache",)) for memory in taking))
+        return freed
+
     async def _change(self, phase: Phase) -> None:
         started, needs = time.perf_counter(), NEEDS[phase]
+        if self.lender is not None and self.phase == "generate":
+            self.lender.end()
+        if self.lender is not None and phase == "generate":
+            await self.lender.begin()
         before = await self._resident()
         await asyncio.gather(
             self._ranks.offload([kind for kind in KINDS if kind not in needs.ranks]),
-            *(m.give([tag for tag in TAGS if tag not in needs.of(role)]) for role, m in self._each()),
+            *(m.give([tag for tag in TAGS if tag not in self._due(needs, role, m)]) for role, m in self._each()),
         )
         between = await self._resident()
         wanted = {f"ranks_{kind}" for kind in needs.ranks} | {
@@ -149,7 +190,8 @@ class Phases:
         }
         _refuse_held(between, wanted, phase)
         await self._refuse_full(needs, phase)
-        await asyncio.gather(self._ranks.onload(needs.ranks), *(m.take(needs.of(role)) for role, m in self._each()))
+        taking = (m.take(self._due(needs, role, m)) for role, m in self._each())
+        await asyncio.gather(self._ranks.onload(needs.ranks), *taking)
         after = await self._resident()
         _refuse_absent(after, wanted - MAY_BE_EMPTY, phase)
         if needs.judge:
@@ -164,6 +206,11 @@ class Phases:
             )
         )
         self.phase = phase
+
+    def _due(self, needs: Needs, role: Role, memory: ServerMemory) -> tuple[Tag, ...]:
+        """What a server holds: where its devices are lent, no KV cache."""
+        due = needs.of(role)
+        return tuple(tag for tag in due if tag == "weights") if self._groups[role].rests(memory.client) else due
 
     def switches(self) -> list[Switch]:
         """What the changes of phase since the last call did."""
@@ -212,6 +259,12 @@ class Phases:
                     f"{len(self._judge)} parameters differ, the first is {wrong[0]}; is its backup on "
                     "(servers.judge.weights_cpu_backup)?"
                 )
+
+
+async def _cache(memories: Sequence[ServerMemory]) -> list[int | None]:
+    """Bytes of KV cache of each server; None where it does not say."""
+    found = await asyncio.gather(*(memory.held() for memory in memories))
+    return [None if held is None else held["kv_cache"] for held in found]
 
 
 def _by_rank(ranks: Sequence[Mapping[Kind, int]]) -> dict[str, int]:

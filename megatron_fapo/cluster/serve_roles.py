@@ -4,12 +4,13 @@
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fapo.cluster.hosts import Hosts
+from megatron_fapo.cluster.seats import Seat, seats, wishes_of
 from megatron_fapo.config import Config
 from megatron_fapo.judge.answerer import Answerer, OpenAI, Served
 from megatron_fapo.judge.ask import Asker
@@ -19,14 +20,16 @@ from megatron_fapo.judge.settings import AuditSettings, JudgeSettings
 from megatron_fapo.records import Role
 from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.rollout.settings import RolloutSettings
-from megatron_fapo.serving.group import Hooks, ServerGroup
-from megatron_fapo.serving.launcher import launch, start_here
-from megatron_fapo.serving.settings import EndpointSettings, SharedSettings
+from megatron_fapo.serving.group import ServerGroup
+from megatron_fapo.serving.hooks import Hooks
+from megatron_fapo.serving.launcher import Start, launch, launch_one, start_here
+from megatron_fapo.serving.process import Server
+from megatron_fapo.serving.settings import EndpointSettings, ServerSettings, SharedSettings
 from megatron_fapo.tasks.benchmarks import BenchmarkTask
 from megatron_fapo.tasks.interface import Task
 from megatron_fapo.tasks.registry import open_task as task_from
 from megatron_fapo.tasks.tokenizer import ChatTokenizer
-from megatron_fapo.trace import SystemClock
+from megatron_fapo.trace import Stint, SystemClock
 
 _AFTER_ROLLOUTS = -1
 """Priority of verdicts on servers that also draw rollouts."""
@@ -42,8 +45,12 @@ class Watcher:
     """A solution was at the judge from start to end, in seconds of the system clock."""
     retried: Callable[[int], None] = lambda samples: None
     """So many samples are asked of a server again."""
+    moved: Callable[[int], None] = lambda samples: None
+    """So many samples go on at another server, the devices of theirs being lent."""
     restarted: Callable[[], None] = lambda: None
     """A server died and was started again."""
+    worked: Callable[[Stint], None] = lambda stint: None
+    """Servers of a role have worked on devices that two roles share, until just now."""
 
 
 @asynccontextmanager
@@ -61,8 +68,8 @@ async def open_servers(
     """
     roles = [role for role, _ in config.started_servers()]
     watcher = watcher or Watcher()
-    hooks = {role: Hooks(retried=watcher.retried, restarted=watcher.restarted) for role in roles}
-    starts = hosts.starts(config) if hosts is not None else dict.fromkeys(roles, start_here)
+    hooks = {role: Hooks(retried=watcher.retried, moved=watcher.moved, restarted=watcher.restarted) for role in roles}
+    starts = hosts.starts(config) if hosts is not None else _starts_here(config)
     settings = {}
     for role in roles:
         settings[role] = config.server(role).on_gpus_from(gpus_taken)
@@ -77,6 +84,26 @@ async def open_servers(
             )
         )
         yield dict(zip(roles, groups, strict=True))
+
+
+def _starts_here(config: Config) -> dict[Role, Start]:
+    """On this machine: servers follow each other over the GPUs, but for those that share theirs."""
+    wishes, bays = wishes_of(config)
+    if not bays:
+        return dict.fromkeys(wishes, start_here)
+    total = sum(wish.count * wish.gpus for wish in wishes.values())
+    return {role: _on(places) for role, places in seats(wishes, nodes=1, gpus=[total], bays=bays).items()}
+
+
+def _on(places: Sequence[Seat]) -> Start:
+
+    async def start(settings: ServerSettings, path: Path, place: int) -> Server:
+        gpu = places[place].gpu
+        if gpu is not None:
+            settings = settings.changed(sglang=settings.sglang.changed(first_gpu=gpu))
+        return await launch_one(settings, path, settings.port + place if settings.port else 0)
+
+    return start
 
 
 @asynccontextmanager

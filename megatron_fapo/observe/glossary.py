@@ -15,7 +15,7 @@ class Metric:
     """A name with its meaning.  Example: `Metric(name="reward/mean", unit="", description="Mean reward.")`.
 
     `{k}` in a name stands for a number: `eval/pass_at/{k}` declares `eval/pass_at/8`. Shares are fractions of 1.
-    What depends on the wall clock begins with `time/`, what depends on faults with `servers/`.
+    What depends on the wall clock begins with `time/`, what depends on faults or on lent devices with `servers/`.
     """
 
     name: str
@@ -150,6 +150,8 @@ METRICS: tuple[Metric, ...] = (
         "count",
         servers__retries="Samples and verdicts asked again because their server died.",
         servers__restarts="Servers that died and were started again, of all roles.",
+        servers__handovers="Times that devices went from one role's servers to the other's (servers.ROLE.lend).",
+        servers__moved="Samples and verdicts that went on at another server because of that.",
     ),
     *_plain("count", train__updates="Optimizer steps.", eval__prompts="Held-out prompts."),
     *_plain(
@@ -183,6 +185,7 @@ METRICS: tuple[Metric, ...] = (
         )
         for phase, owner, whose in OWNERS
     ),
+    *_plain("bytes", servers__handover_bytes="KV cache memory that was given back for the other role's servers."),
     *_plain(
         "count",
         recover__count="Times that a training rank was lost and all were started again; left out while there was none.",
@@ -198,6 +201,8 @@ METRICS: tuple[Metric, ...] = (
         time__judge_hidden="Of these, while rollouts were still being generated.",
         time__judge_exposed="After the step's last rollout landed, until its last check and verdict.",
         time__update="The step's updates, batch making included.",
+        time__lent_to_policy="Work of policy servers on devices of the judge, summed over those.",
+        time__lent_to_judge="Work of judge servers on devices of the policy, summed over those.",
         time__switch="Changes of phase where ranks and servers share devices; part of the phases that wait for them.",
         time__other="The rest of the step: rewards, sinks, the checkpoint written before it.",
         time__step="The whole step, from the end of the one before.",
@@ -232,8 +237,8 @@ def glossary() -> str:
         "",
         "Generated from the code by `make docs`. The same names stand in `metrics.jsonl`, Weights & Biases,",
         "TensorBoard and the report. Shares are fractions of 1. A metric that a step does not define is left out,",
-        "never 0. What depends on the wall clock begins with `time/`, what depends on faults with `servers/`; two",
-        "deterministic runs agree in everything else.",
+        "never 0. What depends on the wall clock begins with `time/`, what depends on faults or on lent devices with",
+        "`servers/`; two deterministic runs agree in everything else.",
         "",
         "| name | unit | meaning |",
         "|---|---|---|",

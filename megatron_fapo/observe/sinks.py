@@ -33,7 +33,7 @@ from megatron_fapo.observe.tensorboard import TensorBoardSink
 from megatron_fapo.observe.timeline import TimelineSink, merged
 from megatron_fapo.observe.wandb import WandbSink
 from megatron_fapo.records import Evaluation, Floats, Group, JudgeAudit, Recovered, StepReport, WeightVersion
-from megatron_fapo.trace import Clock, Span, Spans, Switch, SystemClock
+from megatron_fapo.trace import Clock, Span, Spans, Stint, Switch, SystemClock
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,20 @@ class Sinks:
     def restarted(self) -> None:
         """A server died and was started again."""
         self._faults["servers/restarts"] += 1
+
+    def moved(self, samples: int) -> None:
+        """So many samples go on at another server, the devices of theirs being lent."""
+        self._faults["servers/moved"] = self._faults.get("servers/moved", 0.0) + samples
+
+    def worked(self, stint: Stint) -> None:
+        """Servers of a role have worked on devices that two roles share, until just now."""
+        found = {
+            "servers/moved": 0.0,
+            "servers/handovers": float(stint.handed_over),
+            "servers/handover_bytes": float(stint.nbytes),
+            f"time/lent_to_{stint.role}": stint.seconds if stint.lent else 0.0,
+        }
+        self._faults |= {name: self._faults.get(name, 0.0) + value for name, value in found.items()}
 
     def write(
         self,

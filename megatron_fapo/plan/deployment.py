@@ -9,6 +9,8 @@ from megatron_fapo.plan.assumptions import Card
 from megatron_fapo.plan.shape import Shape
 from megatron_fapo.policy.layouts import check_layout
 from megatron_fapo.policy.settings import ParallelSettings
+from megatron_fapo.records import Role
+from megatron_fapo.serving.bays import Bays
 from megatron_fapo.serving.settings import ServerSettings
 
 Placement = Literal["colocated", "split"]
@@ -30,6 +32,8 @@ class Servers:
     memory_fraction: float
     max_running: int
     context_length: int
+    lend: int = 0
+    """Of these servers, how many lend their GPUs to the other role."""
     backup: bool = False
     """Whether weights come back from the host, instead of being published again."""
 
@@ -60,6 +64,16 @@ class Deployment:
         if self.judge_place == "slice":
             return self.policy.gpus + self.judge.gpus
         return max(self.policy.gpus, self.judge.gpus)
+
+    @property
+    def bays(self) -> Bays | None:
+        """The GPUs that policy and judge lend each other; None where they lend none."""
+        if self.judge is None or self.judge_place != "slice" or self.placement != "colocated":
+            return None
+        wide = max(self.policy.tensor, self.judge.tensor)
+        roles: dict[Role, Servers] = {"policy": self.policy, "judge": self.judge}
+        size = {role: wide // servers.tensor for role, servers in roles.items()}
+        return Bays(size=size, lent={role: servers.lend // size[role] for role, servers in roles.items()}) or None
 
     @property
     def gpus(self) -> int:
@@ -101,7 +115,13 @@ def deployment(
         placement=placement or config.cluster.placement,
         judge_place=judge_place,
     )
+    lent = made.policy.lend / policy.count, judge.lend / judge.count if judge else 0.0
     made = _on(made, gpus or made.gpus, judge_gpus)
+    made = replace(
+        made,
+        policy=replace(made.policy, lend=round(lent[0] * made.policy.count)),
+        judge=replace(made.judge, lend=round(lent[1] * made.judge.count)) if made.judge else None,
+    )
     check_layout(config_json, made.parallel)
     _check(made)
     return made
@@ -115,6 +135,7 @@ def _servers(settings: ServerSettings, shape: Shape) -> Servers:
         memory_fraction=settings.sglang.memory_fraction,
         max_running=settings.max_running,
         context_length=settings.context_length,
+        lend=settings.lend,
         backup=settings.weights_cpu_backup,
     )
 

@@ -61,14 +61,17 @@ class Engine:
         self.waiting.append(sample)
         self._admit()
 
-    def drop(self, name: str) -> None:
-        """Forget a sample that nobody waits for any more."""
+    def drop(self, name: str) -> float:
+        """Forget a sample that nobody waits for any more; how many tokens of it are written."""
         if name in self._running:
-            self._leave(name)
+            since = self._running[name][1]
+            sample = self._leave(name)
             self._forget(name)
             self._admit()
-        else:
-            self.waiting = deque(sample for sample in self.waiting if sample.name != name)
+            return sample.done + self._steps - since
+        done = sum(sample.done for sample in self.waiting if sample.name == name)
+        self.waiting = deque(sample for sample in self.waiting if sample.name != name)
+        return done
 
     @property
     def running(self) -> int:

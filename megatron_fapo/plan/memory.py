@@ -150,6 +150,11 @@ def phases(
             found["generate"] |= {"judge": taken, "KV cache": max(cache, 0)}
         else:
             found["judge"] = {**judge, **beside}
+    if made.bays and made.judge is not None:  # the servers that do not work there keep their weights
+        if made.bays.lent["policy"]:
+            found["generate"] |= {"judge at rest": engine_weights(made.judge) + context}
+        if made.bays.lent["judge"]:
+            found["judge"] |= {"policy at rest": engine_weights(made.policy) + context}
     return found
 
 

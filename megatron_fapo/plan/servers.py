@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from megatron_fapo.errors import ServerUnreachable
@@ -34,29 +35,31 @@ class ModelledServer:
     dead: bool = False
     busy: float = 0.0
     """Seconds with something running."""
-    _waiting: dict[str, asyncio.Future[str]] = field(default_factory=dict)
+    _lengths: dict[str, int] = field(default_factory=dict)
+    _waiting: dict[str, asyncio.Future[tuple[str, int]]] = field(default_factory=dict)
     _timer: asyncio.TimerHandle | None = None
     _since: float = 0.0
     _speed: float = 1.0
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Generation, None]:
         """As `Generator.generate`. Raises ServerUnreachable when the server dies."""
-        texts = {
-            name: self.answers(seed, request.token_ids) for name, seed in zip(request.ids, request.seeds, strict=True)
-        }
+        drawn = request.drawn
+        asked = request.token_ids[: len(request.token_ids) - drawn]
+        texts = {name: self.answers(seed, asked)[drawn:] for name, seed in zip(request.ids, request.seeds, strict=True)}
         prompt = len(request.token_ids)
         samples = [
             Sample(name, prompt, len(text), 0 if index else prompt) for index, (name, text) in enumerate(texts.items())
         ]
         try:
             for finished in asyncio.as_completed(self._queue(samples)):
-                name = await finished
+                name, tokens = await finished
+                text = texts[name][:tokens]
                 yield Generation(
                     id=name,
-                    token_ids=texts[name],
-                    logprobs=floats(texts[name] * 0.0),
+                    token_ids=text,
+                    logprobs=floats(text * 0.0),
                     versions=(VersionSpan(start=0, version=self.version),),
-                    finish_reason="stop",
+                    finish_reason="stop" if tokens == len(texts[name]) else "abort",
                 )
             self.failing = False
         finally:
@@ -66,11 +69,21 @@ class ModelledServer:
         """As `Scorer.choices`: a prefill, and a judge who is sure that all is well or does not know."""
         sample = Sample(rid, len(token_ids), 1, len(token_ids))
         try:
-            await self._queue([sample])[0]
+            _, tokens = await self._queue([sample])[0]
         finally:
             self._drop([rid])
+        if not tokens:
+            raise ServerUnreachable(f"{self.url} ended what it was asked", request=rid)
         sure = math.log(1e-6) if self.workload.clear(token_ids) else math.log(0.5)
         return [sure if choice != ord("-") else math.log1p(-math.exp(sure)) for choice in choices]
+
+    async def abort(self, rid: str | None = None) -> None:
+        """End the sample of this name, or all, with what is written of them."""
+        self._advance()
+        for name, future in self._waiting.items():
+            if rid in (None, name) and not future.done():
+                future.set_result((name, int(self.engine.drop(name))))
+        self._schedule()
 
     def die(self) -> None:
         """Answer nothing from now on."""
@@ -92,7 +105,7 @@ class ModelledServer:
         """Whether something runs."""
         return self.gate and not self.dead and self.engine.running > 0
 
-    def _queue(self, samples: Sequence[Sample]) -> list[asyncio.Future[str]]:
+    def _queue(self, samples: Sequence[Sample]) -> list[asyncio.Future[tuple[str, int]]]:
         if self.dead:
             self.failing = True
             raise ServerUnreachable(f"{self.url} is dead")
@@ -100,6 +113,7 @@ class ModelledServer:
         loop = asyncio.get_running_loop()
         for sample in samples:
             self._waiting[sample.name] = loop.create_future()
+            self._lengths[sample.name] = sample.length
             self.engine.add(sample)
         self._schedule()
         return [self._waiting[sample.name] for sample in samples]
@@ -116,6 +130,7 @@ class ModelledServer:
             self._schedule()
         for name in left:
             future = self._waiting.pop(name)
+            del self._lengths[name]
             if not future.cancelled():
                 future.exception()  # or asyncio would report that nobody had looked
 
@@ -127,7 +142,7 @@ class ModelledServer:
             for name in self.engine.advance((now - self._since) * self._speed):
                 future = self._waiting.get(name)
                 if future is not None and not future.done():
-                    future.set_result(name)
+                    future.set_result((name, self._lengths[name]))
         self._since = now
 
     def _schedule(self) -> None:
@@ -153,3 +168,19 @@ class ModelledServer:
     def _wake(self) -> None:
         self._advance()
         self._schedule()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelledDevices:
+    """Devices that always are the servers', and change hands in so many seconds."""
+
+    seconds: float
+
+    def room(self) -> AbstractAsyncContextManager[None]:
+        """As `serving.lending.Devices`."""
+        return nullcontext()
+
+    async def hand_over(self, givers: Sequence[object], takers: Sequence[object]) -> int:
+        """As `serving.lending.Devices`; bytes are not counted."""
+        await asyncio.sleep(self.seconds)
+        return 0

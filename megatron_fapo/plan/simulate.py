@@ -2,7 +2,8 @@
 
 import asyncio
 import statistics
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -15,14 +16,16 @@ from megatron_fapo.plan.assumptions import Assumptions
 from megatron_fapo.plan.deployment import Deployment, Servers
 from megatron_fapo.plan.engine import Engine
 from megatron_fapo.plan.memory import cache_rooms, cache_share
-from megatron_fapo.plan.servers import Answers, ModelledServer
+from megatron_fapo.plan.servers import Answers, ModelledDevices, ModelledServer
 from megatron_fapo.plan.times import publish, rates, switch, update
 from megatron_fapo.plan.virtual_time import LoopClock, run_virtual
 from megatron_fapo.plan.workload import Workload, workload
-from megatron_fapo.records import Group, NotJudged, Verdict
+from megatron_fapo.records import Group, NotJudged, Role, Verdict
 from megatron_fapo.rollout.sampler import Sampler
 from megatron_fapo.serving.client import ServerClient
 from megatron_fapo.serving.group import ServerGroup
+from megatron_fapo.serving.lending import Bay, Lender
+from megatron_fapo.trace import Stint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,7 @@ class Step:
     tail: float
     """Share of `rollouts_landed` in which less than a tenth of the rollouts was still being written."""
     policy_busy: float
-    """Share of the policy servers' time with something to write."""
+    """Share of the policy servers' time with something to write; above 1 with what they did on the judge's GPUs."""
     judge_busy: float
 
     @property
@@ -64,7 +67,17 @@ class World:
     work: Workload
     policy: list[ModelledServer]
     judge: list[ModelledServer]
+    stints: list[Stint] = field(default_factory=list)
+    """How long servers worked on devices that are lent."""
     landed: list[float] = field(default_factory=list)
+    groups: dict[Role, ServerGroup] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.groups = {"policy": ServerGroup(cast("Sequence[ServerClient]", self.policy))}
+        if self.judge:
+            self.groups["judge"] = ServerGroup(cast("Sequence[ServerClient]", self.judge))
+        for group in self.groups.values():
+            group.moves = "on" if self.made.bays else "never"
 
     async def step(self, number: int, dead_server: float | None) -> Step:
         """Publish, hand over, generate and judge, update."""
@@ -79,7 +92,8 @@ class World:
         dying = None
         if dead_server is not None:
             dying = asyncio.get_running_loop().call_later(dead_server, self.policy[0].die)
-        groups = await self._sampler().collect(number, number * config.rollout.prompts_per_step)
+        async with self._lending():
+            groups = await self._sampler().collect(number, number * config.rollout.prompts_per_step)
         if dying is not None:
             dying.cancel()
         seconds = clock.now() - begin
@@ -91,8 +105,8 @@ class World:
         last = max(self.landed) - begin
         tenth = sorted(self.landed)[-max(len(self.landed) // 10, 1)] - begin
         shares = [
-            (now - before) / seconds / max(len(servers), 1)
-            for now, before, servers in zip(self._busy(), busy, (self.policy, self.judge), strict=True)
+            (now - before) / seconds / (kind.count if kind else 1)
+            for now, before, kind in zip(self._busy(), busy, (self.made.policy, self.made.judge), strict=True)
         ]
         return Step(
             publish=spent[0],
@@ -110,6 +124,29 @@ class World:
             judge_busy=shares[1],
         )
 
+    @asynccontextmanager
+    async def _lending(self) -> AsyncIterator[None]:
+        """While rollouts and verdicts are drawn, devices may change hands."""
+        bays = self.made.bays
+        if not bays:
+            yield
+            return
+        servers = {role: group.clients for role, group in self.groups.items()}
+        lender = Lender(
+            bays=[Bay(home=home, servers=both) for home, both in bays.grouped(servers)],
+            groups=self.groups,
+            size=bays.size,
+            devices=ModelledDevices(self.assume.hand_over / 2),
+            told=self.stints.append,
+            clock=LoopClock(),
+        )
+        await lender.begin()
+        lending = asyncio.ensure_future(lender.run())
+        yield
+        lending.cancel()
+        await asyncio.gather(lending, return_exceptions=True)
+        lender.end()
+
     def _busy(self) -> tuple[float, float]:
         return sum(s.busy for s in self.policy), sum(s.busy for s in self.judge)
 
@@ -117,8 +154,7 @@ class World:
         config, clock = self.config, LoopClock()
         asker = None
         if self.judge:
-            group = ServerGroup(cast("Sequence[ServerClient]", self.judge))
-            asker = Asker(Served(group, self.work), config.judge, clock, config.train.seed)
+            asker = Asker(Served(self.groups["judge"], self.work), config.judge, clock, config.train.seed)
         rules = Rules(
             judge=config.judge,
             algorithm=config.algorithm,
@@ -127,7 +163,7 @@ class World:
         )
         return Sampler(
             task=self.work,
-            servers=ServerGroup(cast("Sequence[ServerClient]", self.policy)),
+            servers=self.groups["policy"],
             judge=Judge(asker, rules, clock),
             tokenizer=self.work,
             settings=config.rollout,
@@ -167,11 +203,12 @@ def world(config: Config, made: Deployment, assume: Assumptions, mean: float | N
     work = workload(assume, config.rollout.max_new_tokens, config.judge.max_new_tokens, mean)
     policy_room, judge_room = cache_rooms(made)
 
-    def servers(role: str, kind: Servers, room: float, answers: Answers) -> list[ModelledServer]:
+    def servers(role: Role, kind: Servers, room: float, answers: Answers) -> list[ModelledServer]:
         pace, capacity = rates(kind, made.card, assume), int(room / cache_share(kind))
+        guests = made.bays.guests(role) if made.bays else 0
         return [
             ModelledServer(f"{role}-{place}", Engine(pace, capacity, kind.max_running), answers, work)
-            for place in range(kind.count)
+            for place in range(kind.count + guests)
         ]
 
     policy = servers("policy", made.policy, policy_room, lambda seed, _: work.response(seed))

@@ -94,6 +94,7 @@ class ServerClient:
             "return_logprob": True,
             "group_stream": True,
             "priority": request.priority,
+            "drawn": request.drawn,
         }
         waiting = set(request.ids)
         async with self._exchange("POST", "/generate", body, request.ids[0]) as response:
@@ -147,6 +148,8 @@ class ServerClient:
             "priority": 0,
         }
         answer = await self._json("POST", "/generate", body, rid)
+        if _at(answer, "meta_info", "finish_reason", "type") == "abort":
+            raise ServerUnreachable(f"{self.url} ended what it was asked", request=rid)
         try:
             found = {
                 int(token): float(logprob) for logprob, token, _ in answer["meta_info"]["output_token_ids_logprobs"][0]
@@ -388,6 +391,13 @@ def _message(data: bytes) -> str:
 
 def _where(rid: str | None) -> dict[str, str]:
     return {} if rid is None else {"request": rid}
+
+
+def _at(answer: object, *keys: str) -> object:
+    """The value at a path of keys, None where there is none."""
+    for key in keys:
+        answer = answer.get(key) if isinstance(answer, dict) else None
+    return answer
 
 
 def _version(text: object) -> int:

@@ -4,14 +4,17 @@ import asyncio
 import logging
 import math
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal
+
+import numpy as np
 
 from megatron_fapo.errors import FapoError, ServerError, ServerUnreachable
-from megatron_fapo.records import Generation, GenerationRequest, Ints
+from megatron_fapo.records import Generation, GenerationRequest, Ints, VersionSpan, floats, ints
 from megatron_fapo.serving.client import PauseMode, ServerClient, group_of
+from megatron_fapo.serving.hooks import Hooks, Router
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +27,8 @@ _TRIES = 3
 _ROUTED_TRIES = 6
 _BACKOFF = 0.2
 """Seconds before the second request to a router; twice as long before each further one."""
+_LOOK = 0.05
+"""Seconds between two looks at whether a server has ended what it was asked."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -35,55 +40,25 @@ class Member:
     """Whether it holds the weights that the group generates with, so that it may be asked."""
     leaving: bool = False
     """Whether it only finishes what it was asked."""
-    outstanding: int = 0
-    """Samples asked of it that have not arrived."""
+    resting: bool = False
+    """Whether its devices are lent to others: it holds the weights, and is asked nothing until it works again."""
+    asked: dict[str, None] = field(default_factory=dict)
+    """Samples asked of it that have not arrived, the latest last."""
+
+    @property
+    def outstanding(self) -> int:
+        """How many."""
+        return len(self.asked)
+
+    @property
+    def at_work(self) -> bool:
+        """Whether it may be asked."""
+        return self.ready and not self.leaving and not self.resting
 
 
-async def _nobody(client: ServerClient) -> bool:
-    return False
-
-
-async def _has_them(client: ServerClient) -> bool:
-    return True
-
-
-def _fixed(count: int) -> None:
-    raise ServerError("nobody keeps these servers, so none can be added or removed")
-
-
-@dataclass(slots=True, kw_only=True)
-class Hooks:
-    """What a group asks of those who started its servers and of those who publish to them."""
-
-    suspect: Callable[[ServerClient], Awaitable[bool]] = _nobody
-    """A request to this server broke off. Whether the server is taken for dead, and lost to the group by then."""
-    diagnose: Callable[[], None] = lambda: None
-    """No server is left; it may raise an error that says more (a dead server's log)."""
-    catch_up: Callable[[ServerClient], Awaitable[bool]] = _has_them
-    """Bring the group's present weights to a server that was started again. False: the next update brings them."""
-    room: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
-    """Held while a server is started again and joins the group: where devices are shared, it waits for their turn."""
-    resize: Callable[[int], None] = _fixed
-    """From now on so many servers are wanted: start some, or let some leave."""
-    retried: Callable[[int], None] = lambda samples: None
-    """So many samples are asked again, their server having died."""
-    restarted: Callable[[], None] = lambda: None
-    """A server was started again."""
-
-
-class Router(Protocol):
-    """What a router is asked for: it knows the servers that may be asked, and no others."""
-
-    client: ServerClient
-
-    async def add(self, client: ServerClient) -> None:
-        """From now on this server gets requests."""
-
-    async def remove(self, client: ServerClient) -> None:
-        """From now on it gets none."""
-
-    async def alive(self) -> bool:
-        """Whether the router answers."""
+Moves = Literal["never", "on", "anew"]
+"""An aborted sample is its receiver's; or it is drawn at another server: from where it was, or from its first token,
+which gives the same digits as without the abort."""
 
 
 @dataclass(slots=True)
@@ -123,6 +98,10 @@ class ServerGroup:
         self._members = [Member(client=client) for client in clients]
         self._router = router
         self._homes: OrderedDict[str, Member] = OrderedDict()
+        self.moves: Moves = "never"
+        """What becomes of a sample that its server ends early, as servers do whose devices are lent."""
+        self.outstanding = 0
+        """Samples that somebody waits for, whether or not a server has been asked for them."""
         self._coming = 0
         self._changed = asyncio.Event()
         self._failure: FapoError | None = None
@@ -161,6 +140,11 @@ class ServerGroup:
         that leave first finish what they were asked."""
         self.hooks.resize(count)
 
+    async def settled(self) -> None:
+        """Return when no server is expected any more."""
+        while self._coming:
+            await self._changed.wait()
+
     def expect(self) -> None:
         """A server more is being started; `gain` or `give_up` follows."""
         self._coming += 1
@@ -191,15 +175,72 @@ class ServerGroup:
         """These servers hold the present weights: they may be asked."""
         for member in self._members:
             if member.client in clients and not member.ready and not member.leaving:
-                if self._router is not None:
-                    try:
-                        await self._router.add(member.client)
-                    except ServerUnreachable:
-                        await self._look_at_router()
-                        if self._router is not None:
-                            raise
+                if not member.resting:
+                    await self._tell_router(member.client)
                 member.ready = True
         self._tell()
+
+    async def _tell_router(self, client: ServerClient) -> None:
+        if self._router is None:
+            return
+        try:
+            await self._router.add(client)
+        except ServerUnreachable:
+            await self._look_at_router()
+            if self._router is not None:
+                raise
+
+    # Servers whose devices are lent.
+
+    async def rest(self, clients: Sequence[ServerClient]) -> None:
+        """Ask these servers nothing until `work`; what they were asked goes on at others, as `moves` says.
+
+        Returns when they have nothing left to do, or have died.
+        """
+        for member in self._of(clients):
+            member.resting = True
+            if self._router is not None:
+                await self._router.remove(member.client)
+        self._tell()
+        await asyncio.gather(*(self._empty(member.client) for member in self._of(clients)))
+
+    async def _empty(self, client: ServerClient) -> None:
+        while any(member.client is client for member in self._members):
+            try:
+                if not await self.busy(client):
+                    return
+                await client.abort()  # again and again: a request may still be on its way
+            except ServerUnreachable:
+                await self.hooks.suspect(client)
+            await asyncio.sleep(_LOOK)
+
+    async def work(self, clients: Sequence[ServerClient]) -> None:
+        """These servers may be asked again, where they hold the present weights."""
+        for member in self._of(clients):
+            if member.ready:
+                await self._tell_router(member.client)
+            member.resting = False
+        self._tell()
+
+    async def level(self) -> None:
+        """Let servers that were asked for more than their share end what was asked last; it goes on at the others."""
+        working = [member for member in self._members if member.at_work]
+        share = math.ceil(sum(member.outstanding for member in working) / max(len(working), 1))
+        late = [(member, name) for member in working for name in [*member.asked][math.ceil(_BALANCE * share) :]]
+        with suppress(ServerUnreachable):  # whoever waits for that server's answers sees it too
+            await asyncio.gather(*(member.client.abort(name) for member, name in late))
+
+    def rests(self, client: ServerClient) -> bool:
+        """Whether this server's devices are lent."""
+        return any(member.resting for member in self._of([client]))
+
+    @property
+    def at_work(self) -> int:
+        """Servers that may be asked."""
+        return sum(member.at_work for member in self._members)
+
+    def _of(self, clients: Iterable[ServerClient]) -> list[Member]:
+        return [member for member in self._members if member.client in clients]
 
     async def some(self) -> tuple[ServerClient, ...]:
         """`clients`, once there is one. Raises what is known of their end when none will come."""
@@ -216,7 +257,7 @@ class ServerGroup:
         """Come back when the membership has changed; raise when nothing can be expected to change."""
         if self._failure is not None:
             raise self._failure
-        if not self._coming and all(member.ready or member.leaving for member in self._members):
+        if not self._coming and all((m.ready and not m.resting) or m.leaving for m in self._members):
             self.hooks.diagnose()
             raise error or ServerUnreachable("no server is left")
         await self._changed.wait()
@@ -226,52 +267,98 @@ class ServerGroup:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Generation, None]:
         """As `Generator.generate`. Raises ServerUnreachable when no server is left to try, or past the deadline."""
         end = asyncio.get_running_loop().time() + self._deadline
-        waiting = dict(zip(request.ids, request.seeds, strict=True))
         attempt = _Attempt(group_of(request.ids[0]))
-        while waiting:
-            left = replace(request, ids=tuple(waiting), seeds=tuple(waiting.values()))
-            async with self._asking(attempt, len(waiting), end) as (client, arrived):
-                samples = client.generate(left)
-                try:
-                    while True:
-                        async with asyncio.timeout_at(end):
-                            sample = await anext(samples, None)
-                        if sample is None:
-                            break
-                        if waiting.pop(sample.id, None) is None:
-                            raise ServerError(f"{client.url} sent a sample twice, or one of others", request=sample.id)
-                        arrived()
-                        yield sample
-                finally:
-                    await samples.aclose()
-            if attempt.error is not None and waiting:
-                self.hooks.retried(len(waiting))
+        left = len(request.ids)
+        self.outstanding += left
+        try:
+            async with aclosing(self._samples(request, attempt, end)) as samples:
+                async for sample in samples:
+                    left, self.outstanding = left - 1, self.outstanding - 1
+                    yield sample
+        finally:
+            self.outstanding -= left
+
+    async def _samples(
+        self, request: GenerationRequest, attempt: _Attempt, end: float
+    ) -> AsyncGenerator[Generation, None]:
+        waiting = dict(zip(request.ids, request.seeds, strict=True))
+        moving: list[asyncio.Task[Generation]] = []
+        try:
+            while waiting:
+                left = replace(request, ids=tuple(waiting), seeds=tuple(waiting.values()))
+                async with self._asking(attempt, left.ids, end) as (client, arrived):
+                    async with aclosing(client.generate(left)) as samples:
+                        while True:
+                            async with asyncio.timeout_at(end):
+                                sample = await anext(samples, None)
+                            if sample is None:
+                                break
+                            if waiting.pop(sample.id, None) is None:
+                                raise ServerError(
+                                    f"{client.url} sent a sample twice, or one of others", request=sample.id
+                                )
+                            arrived(sample.id)
+                            if sample.finish_reason == "abort" and self.moves != "never":
+                                moving.append(asyncio.ensure_future(self._move(left, sample, end)))
+                            else:
+                                yield sample
+                if attempt.error is not None and waiting:
+                    self.hooks.retried(len(waiting))
+            for moved in asyncio.as_completed(moving):
+                yield await moved
+        finally:
+            for task in moving:
+                task.cancel()
+            await asyncio.gather(*moving, return_exceptions=True)
+
+    async def _move(self, request: GenerationRequest, begun: Generation, end: float) -> Generation:
+        """The whole of a sample that its server has ended early, drawn to its end at another one."""
+        self.hooks.moved(1)
+        drawn = len(begun.token_ids) if self.moves == "on" else 0
+        left = request.sampling.max_new_tokens - drawn
+        rest = replace(
+            request,
+            ids=(begun.id,),
+            seeds=(request.seeds[request.ids.index(begun.id)],),
+            token_ids=ints(np.concatenate([request.token_ids, begun.token_ids[:drawn]])),
+            sampling=replace(request.sampling, max_new_tokens=left),
+            drawn=request.drawn + drawn,
+        )
+        # Its group's server has more than its share, and the router might send it back to where it was.
+        attempt = _Attempt(begun.id, routed=_ROUTED_TRIES)
+        async with aclosing(self._samples(rest, attempt, end)) as samples:
+            sample = await anext(samples)
+        return _joined(begun, sample) if drawn else sample
 
     async def choices(self, rid: str, token_ids: Ints, choices: Sequence[int]) -> list[float]:
         """`ServerClient.choices`, at another server when one dies."""
         end = asyncio.get_running_loop().time() + self._deadline
         attempt = _Attempt(group_of(rid))
         while True:
-            async with self._asking(attempt, 1, end) as (client, _), asyncio.timeout_at(end):
-                return await client.choices(rid, token_ids, choices)
+            self.outstanding += 1
+            try:
+                async with self._asking(attempt, (rid,), end) as (client, _), asyncio.timeout_at(end):
+                    return await client.choices(rid, token_ids, choices)
+            finally:
+                self.outstanding -= 1
 
     @asynccontextmanager
     async def _asking(
-        self, attempt: _Attempt, samples: int, end: float
-    ) -> AsyncIterator[tuple[ServerClient, Callable[[], None]]]:
-        """The server to ask for so many samples; to be told of each that arrives.
+        self, attempt: _Attempt, names: Sequence[str], end: float
+    ) -> AsyncIterator[tuple[ServerClient, Callable[[str], None]]]:
+        """The server to ask for these samples; to be told of each that arrives.
 
         That it could not be reached ends the body, and is kept in `attempt.error` for the next one.
         """
-        left = samples
+        left = dict.fromkeys(names)
         try:
             async with asyncio.timeout_at(end):
-                member = await self._choose(attempt, samples)
-            member.outstanding += left
+                member = await self._choose(attempt, len(left))
+            member.asked |= left
 
-            def arrived() -> None:
-                nonlocal left
-                left, member.outstanding = left - 1, member.outstanding - 1
+            def arrived(name: str) -> None:
+                del left[name]
+                member.asked.pop(name, None)
 
             attempt.error = None
             try:
@@ -281,10 +368,11 @@ class ServerGroup:
                 async with asyncio.timeout_at(end):
                     await self._failed(member, attempt)
             finally:
-                member.outstanding -= left
+                for name in left:
+                    member.asked.pop(name, None)
         except TimeoutError:
             raise ServerUnreachable(
-                f"{left} samples did not come within {self._deadline:g} s (deadline), retries included",
+                f"{len(left)} samples did not come within {self._deadline:g} s (deadline), retries included",
                 request=attempt.key,
             ) from None
 
@@ -293,7 +381,7 @@ class ServerGroup:
         while True:
             if self._failure is not None:
                 raise self._failure
-            ready = [member for member in self._members if member.ready and not member.leaving]
+            ready = [member for member in self._members if member.at_work]
             if ready and self._router is not None and attempt.routed < _ROUTED_TRIES:
                 return Member(client=self._router.client)
             untried = [member for member in ready if attempt.tried[member] < _TRIES]
@@ -368,3 +456,17 @@ class ServerGroup:
 
     async def _all(self, verb: Callable[[ServerClient], Awaitable[None]]) -> None:
         await asyncio.gather(*(verb(client) for client in self.clients))
+
+
+def _joined(begun: Generation, rest: Generation) -> Generation:
+    """One sample of its beginning and what another server drew after it."""
+    drawn = len(begun.token_ids)
+    later = [VersionSpan(start=drawn + span.start, version=span.version) for span in rest.versions]
+    if begun.versions and later and later[0].version == begun.versions[-1].version:
+        later = later[1:]
+    return replace(
+        rest,
+        token_ids=ints(np.concatenate([begun.token_ids, rest.token_ids])),
+        logprobs=floats(np.concatenate([begun.logprobs, rest.logprobs])),
+        versions=(*begun.versions, *later),
+    )

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from megatron_fapo.errors import FapoError, ServerError, ServerUnreachable
 from megatron_fapo.serving.client import ServerClient
-from megatron_fapo.serving.group import Router, ServerGroup
+from megatron_fapo.serving.group import ServerGroup
+from megatron_fapo.serving.hooks import Router
 from megatron_fapo.serving.process import Server
 from megatron_fapo.serving.settings import ServerSettings
 
@@ -61,7 +62,8 @@ class Keeper:
         self._wanted = len(servers)
         self._tasks = asyncio.TaskGroup()
         self._ended: FapoError | None = None
-        group.hooks.suspect, group.hooks.diagnose, group.hooks.resize = self.suspect, self.diagnose, self.resize
+        group.hooks.suspect, group.hooks.diagnose = self.suspect, self.diagnose
+        group.hooks.resize, group.hooks.seated = self.resize, self.seated
 
     async def run(self) -> None:
         """Until cancelled; then all servers are stopped. Raises the first error of a keeper's own."""
@@ -86,6 +88,10 @@ class Keeper:
         for number in range(count):
             if number not in self._places:
                 self._fill(number)
+
+    def seated(self) -> dict[int, ServerClient]:
+        """As `Hooks.seated`."""
+        return {place.number: place.client for place in self._places.values() if place.client is not None}
 
     def _fill(self, number: int) -> None:
         place = self._places[number] = _Place(number=number)

@@ -16,7 +16,8 @@ from pathlib import Path
 from megatron_fapo import lifeline
 from megatron_fapo.errors import FapoError, ServerError
 from megatron_fapo.serving.client import ServerClient
-from megatron_fapo.serving.group import Hooks, ServerGroup
+from megatron_fapo.serving.group import ServerGroup
+from megatron_fapo.serving.hooks import Hooks
 from megatron_fapo.serving.keeper import Keeper
 from megatron_fapo.serving.process import Server, ServerProcess, died, stop, tail
 from megatron_fapo.serving.router import launch_router

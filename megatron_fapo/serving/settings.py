@@ -104,6 +104,10 @@ class ServerSettings(Settings):
     max_count: Positive | None = None
     """Server processes that the group may be given while the run goes on (`fapo servers`): ports and GPUs are kept for
     so many. null: `count`."""
+    lend: Annotated[int, Field(ge=0)] = 0
+    """Of these servers, how many lend their devices to the other role while that has more to do, and take what it lends
+    (docs/colocation.md). Needs `cluster.placement: colocated`; the other role's weights must fit beside
+    `sglang.memory_fraction`."""
     threads: Positive = 1
     """CPU threads of each server."""
     max_running: Positive = 256
@@ -176,6 +180,10 @@ class ServerSettings(Settings):
     def places(self) -> int:
         """Servers that ports and GPUs are kept for."""
         return self.max_count or self.count
+
+    def ports(self, guests: int = 0) -> list[int]:
+        """Of all of them, where they are fixed, and of so many on devices of the other role."""
+        return [self.port + place for place in range(self.places + guests)] if self.port else []
 
     @property
     def gpus(self) -> int:

@@ -15,7 +15,7 @@ from megatron_fapo.cluster.publishing import PolicyWeights
 from megatron_fapo.errors import RankLost
 from megatron_fapo.publish.settings import PublishSettings
 from megatron_fapo.publish.transports import make_transport
-from megatron_fapo.serving.group import Hooks
+from megatron_fapo.serving.hooks import Hooks
 from megatron_fapo.serving.launcher import launch
 from megatron_fapo.serving.settings import ServerSettings
 from megatron_fapo.weights import digest

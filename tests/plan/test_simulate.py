@@ -9,6 +9,7 @@ from megatron_fapo.config import Config, read_config
 from megatron_fapo.errors import JudgeError
 from megatron_fapo.plan.assumptions import Assumptions, card
 from megatron_fapo.plan.deployment import Deployment, JudgePlace, Placement, deployment
+from megatron_fapo.plan.servers import ModelledServer
 from megatron_fapo.plan.simulate import Step, simulate, world
 from megatron_fapo.plan.times import Rates
 from megatron_fapo.plan.virtual_time import run_virtual
@@ -146,3 +147,43 @@ def test_ranks_apart_change_no_phase() -> None:
     step = one_step(config, split)
     assert step.switch == 0
     assert step.publish > one_step(config, on_gpus(config)).publish
+
+
+def test_lent_gpus_shorten_a_step_that_waits_for_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real `Lender`, on servers that answer in virtual time; at no moment do both servers of a GPU work."""
+    lending = ("servers.policy.lend=12", "servers.judge.lend=16")
+    alone = run_32b("judge.skip=false")
+    assume = replace(ASSUMED, mean_share=0.03, verdict_tokens=7000.0)
+    config = run_32b("judge.skip=false", *lending)
+    made = deployment(config, card("h100"), gpus=16, judge_gpus=4)
+    assert (made.policy.count, made.policy.lend, made.judge and made.judge.lend) == (3, 3, 4)
+    assert made.bays is not None
+    assert made.bays.lent == {"policy": 3, "judge": 1}
+    assert (made.bays.guests("policy"), made.bays.guests("judge")) == (1, 12)
+    simulated = world(config, made, assume)
+    twins = [bay for _, bay in made.bays.grouped({"policy": simulated.policy, "judge": simulated.judge})]
+    wake = ModelledServer._wake
+
+    def watched(server: ModelledServer) -> None:
+        wake(server)
+        for bay in twins:
+            assert not all(any(one.active for one in servers) for servers in bay.values())
+
+    monkeypatch.setattr(ModelledServer, "_wake", watched)
+
+    async def run() -> Step:
+        return await simulated.step(0, None)
+
+    lent = run_virtual(run())
+    kept = one_step(alone, deployment(alone, card("h100"), gpus=16, judge_gpus=4), assume)
+    assert (lent.tokens, lent.judged, lent.judge_tokens) == (kept.tokens, kept.judged, kept.judge_tokens)
+    assert lent.generate < 0.8 * kept.generate
+    for role in ("policy", "judge"):
+        assert any(stint.lent and stint.seconds > 1 for stint in simulated.stints if stint.role == role)
+
+
+def test_gpus_are_lent_from_a_slice_alone() -> None:
+    config = run_32b("servers.policy.lend=12")
+    assert on_gpus(config).bays is not None
+    assert on_gpus(config, "shared").bays is None
+    assert on_gpus(config).without_judge().bays is None

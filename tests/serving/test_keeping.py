@@ -16,7 +16,8 @@ from aiohttp import web
 from megatron_fapo.errors import ServerError, ServerUnreachable
 from megatron_fapo.records import ints
 from megatron_fapo.serving.client import ServerClient, group_of
-from megatron_fapo.serving.group import Hooks, ServerGroup
+from megatron_fapo.serving.group import ServerGroup
+from megatron_fapo.serving.hooks import Hooks
 from megatron_fapo.serving.launcher import launch
 from megatron_fapo.serving.router import launch_router
 from megatron_fapo.serving.settings import ServerSettings

@@ -35,6 +35,7 @@ class Batch:
         self._last = np.zeros(rows, np.int64)
         self._position = np.zeros(rows, np.int64)
         self._count = np.zeros(rows, np.int64)
+        self._before = np.zeros(rows, np.int64)
         self._limit = np.zeros(rows, np.int64)
         self._seed = np.zeros(rows, np.uint64)
         self._temperature = np.ones(rows, np.float32)
@@ -139,6 +140,7 @@ class Batch:
             self._last,
             self._position,
             self._count,
+            self._before,
             self._limit,
             self._seed,
             self._temperature,
@@ -156,6 +158,7 @@ class Batch:
         """Write a new sample's options into its row."""
         options, drawn = sample.options, len(sample.tokens)
         self._count[row] = drawn
+        self._before[row] = sample.drawn
         self._limit[row] = options.max_new_tokens
         self._seed[row] = sample.seed
         self._greedy[row] = options.temperature == 0
@@ -177,7 +180,7 @@ class Batch:
     def _draw(self, logits: torch.Tensor, low: int, high: int, version: int) -> list[Answer]:
         """Draw the next token of rows `low`..`high` from their first rows of `logits`, and write it down."""
         computed = slice(low, low + len(logits))
-        seeds, counts = self._seed[computed], self._count[computed]
+        seeds, counts = self._seed[computed], self._before[computed] + self._count[computed]
         top_ps = self._top_p[computed]
         greedy = self._greedy[computed]
         tokens, logprobs = draw(

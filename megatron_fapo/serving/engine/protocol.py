@@ -21,7 +21,7 @@ _SAMPLING = {
 }  # fmt: skip
 _BODY = {
     "input_ids", "text", "sampling_params", "rid", "stream", "return_logprob", "group_stream", "logprob_start_len",
-    "token_ids_logprob", "log_metrics", "priority",
+    "token_ids_logprob", "log_metrics", "priority", "drawn",
 }  # fmt: skip
 
 
@@ -64,7 +64,9 @@ def parse_generate(body: Json, limits: Limits, text: Text) -> Parsed:
         _refuse_unknown(parameter, _SAMPLING, "sampling parameter")
         options = _options(parameter, limits, text)
         _check_length(len(prompt), options.max_new_tokens, limits)
-        array = np.array(prompt, np.int64)
+        array, drawn = np.array(prompt, np.int64), _integer(body, "drawn")
+        if not 0 <= drawn < len(prompt):
+            raise RequestRejected(f"drawn: must be from 0 to the prompt's {len(prompt)} tokens less one, found {drawn}")
         for seed in _seeds(parameter, n, limits):
             index = len(samples)
             samples.append(
@@ -77,7 +79,8 @@ def parse_generate(body: Json, limits: Limits, text: Text) -> Parsed:
                     stream=stream,
                     inbox=inbox,
                     watched=watched,
-                    priority=_priority(body),
+                    priority=_integer(body, "priority"),
+                    drawn=drawn,
                 )
             )
             if watched and options.max_new_tokens != 1:
@@ -105,10 +108,10 @@ def _watched(body: Json, limits: Limits) -> tuple[int, ...]:
     return tuple(given)
 
 
-def _priority(body: Json) -> int:
-    given = body.get("priority")
+def _integer(body: Json, name: str) -> int:
+    given = body.get(name)
     if given is not None and type(given) is not int:
-        raise RequestRejected(f"priority: must be an integer, found {given!r:.60}")
+        raise RequestRejected(f"{name}: must be an integer, found {given!r:.60}")
     return given or 0
 
 

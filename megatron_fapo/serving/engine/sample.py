@@ -44,6 +44,8 @@ class Sample:
     """These, once the prompt is computed."""
     priority: int = 0
     """Of those that wait, the highest are admitted first, equals in their order."""
+    drawn: int = 0
+    """Tokens of the answer that the prompt ends with: another server drew them, and drawing goes on after them."""
     aborted: bool = False
     tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Drawn before the sample was retracted, with `logprobs` and `versions`; drawing goes on from there."""
