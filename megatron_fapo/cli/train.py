@@ -61,7 +61,7 @@ def _report(path: Path, config: Config, folder: RunFolder) -> None:
 
 MAY_CHANGE = ("train.steps", "observe.", "checkpoint.", "evaluation.", "cluster.", "policy.threads", "policy.timeout")
 MAY_CHANGE_OF_SERVERS = (
-    *("host", "port", "count", "threads", "timeout", "api_key_file", "log_folder"),
+    *("host", "port", "count", "lend", "threads", "timeout", "api_key_file", "log_folder"),
     *("deadline", "restarts", "health_interval", "router"),
 )
 

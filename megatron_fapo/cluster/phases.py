@@ -153,9 +153,10 @@ class Phases:
 
     async def hand_over(self, givers: Sequence[ServerClient], takers: Sequence[ServerClient]) -> int:
         """As `serving.lending.Devices`. What engines do not tell, the ranks' devices do: they must have more room."""
-        memories = dict(zip((m.client for _, m in self._each()), (m for _, m in self._each()), strict=True))
+        memories = {memory.client: memory for _, memory in self._each()}
         giving, taking = ([memories[client] for client in clients] for clients in (givers, takers))
-        before, room = await _cache(giving), await self._ranks.device_free()
+        before = await _cache(giving)
+        room = await self._ranks.device_free() if None in before else []
         await asyncio.gather(*(memory.give(("kv_cache",)) for memory in giving))
         after = await _cache(giving)
         for memory, held in zip(giving, after, strict=True):
@@ -165,9 +166,9 @@ class Phases:
                     phase="generate",
                 )
         freed = sum(size or 0 for size in before)
-        if None in after:
+        if room and None not in room:
             freed = sum(free or 0 for free in await self._ranks.device_free()) - sum(free or 0 for free in room)
-            if freed <= 0 and None not in room:
+            if freed <= 0:
                 told = ", ".join(memory.client.url for memory in giving)
                 raise MemoryHeld(f"{told}: lends its devices, and they have no more room than before", phase="generate")
         await asyncio.gather(*(memory.take(("kv_cache",)) for memory in taking))

@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from megatron_fapo.errors import FapoError, ServerError, ServerUnreachable
+from megatron_fapo.errors import FapoError, RankLost, ServerError, ServerUnreachable
 from megatron_fapo.records import Role
 from megatron_fapo.serving.bays import OTHER
 from megatron_fapo.serving.client import ServerClient
@@ -139,17 +139,23 @@ class Lender:
 
     async def run(self) -> None:
         """Until cancelled. What goes wrong is raised by every request from then on."""
-        try:
-            while True:
+        while True:
+            try:
                 async with self.devices.room():
-                    due = moves([self._chance(bay) for bay in self.bays], self._loads())
-                    await asyncio.gather(*(self._change(self.bays[number]) for number in due))
-                    for role in {self.bays[number].at_work for number in due}:
-                        await self.groups[role].level()
-                await self.clock.sleep(_LOOK)
-        except FapoError as error:
-            for group in self.groups.values():
-                group.fail(error)
+                    await self._look()
+            except RankLost as loss:  # the run says so itself, and begins to generate anew
+                log.warning("devices were not handed over: %s", loss)
+            except FapoError as error:
+                for group in self.groups.values():
+                    group.fail(error)
+                return
+            await self.clock.sleep(_LOOK)
+
+    async def _look(self) -> None:
+        due = moves([self._chance(bay) for bay in self.bays], self._loads())
+        await asyncio.gather(*(self._change(self.bays[number]) for number in due))
+        for role in {self.bays[number].at_work for number in due}:
+            await self.groups[role].level()
 
     async def begin(self) -> None:
         """Generation begins: nothing is to be judged yet, so all bays are the policy's."""

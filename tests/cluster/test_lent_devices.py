@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -86,7 +87,7 @@ class Lending:
 
 
 @asynccontextmanager
-async def lending(tmp_path: Path, *overrides: str) -> AsyncIterator[Lending]:
+async def lending(tmp_path: Path, ranks: Hoarder | None = None) -> AsyncIterator[Lending]:
     """In `generate`, with both devices the policy's."""
     model = make_model(tmp_path / "model")
     names = ("train.deterministic=true", *(f"servers.{role}.max_running=16" for role in ("policy", "judge")))
@@ -94,8 +95,8 @@ async def lending(tmp_path: Path, *overrides: str) -> AsyncIterator[Lending]:
         f"servers.{role}.{key}" for role in ("policy", "judge") for key in (f"model={model}", "context_length=900")
     ]
     limits = ("rollout.max_prompt_tokens=100", "rollout.max_new_tokens=300", "judge.max_new_tokens=300")
-    config: Config = read_config(ROOT / "configs/clock/fapo.yaml", [*LENDING, *names, *models, *limits, *overrides])
-    phases = Phases(Hoarder())
+    config: Config = read_config(ROOT / "configs/clock/fapo.yaml", [*LENDING, *names, *models, *limits])
+    phases = Phases(ranks or Hoarder())
     await phases.make_room()
     async with open_servers(config, tmp_path) as groups:
         world = Lending(groups=groups, phases=phases)
@@ -188,13 +189,36 @@ class Keeping(ServerClient):
         """Nothing."""
 
 
-async def test_a_server_that_keeps_its_cache_ends_the_run_by_name(tmp_path: Path) -> None:
-    async with lending(tmp_path) as world:
+class Silent(ServerClient):
+    """A server that does not say what it holds, as SGLang does not."""
+
+    async def info(self) -> dict[str, Any]:
+        """All else."""
+        return {key: value for key, value in (await super().info()).items() if key != "memory"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "free", "message"),
+    [
+        (Keeping, None, "{url} lends its devices and still holds .* KV cache"),
+        (Silent, 100, "{url}: lends its devices, and they have no more room than before"),
+        (Silent, None, None),
+    ],
+)
+async def test_a_server_that_keeps_its_cache_ends_the_run_by_name(
+    tmp_path: Path, kind: type[ServerClient], free: int | None, message: str | None
+) -> None:
+    ranks = Hoarder()
+    async with lending(tmp_path, ranks=ranks) as world:
         bay = world.bays()[1]
         await world.ask("policy", requests("p", 8))
-        bay["policy"].__class__ = Keeping
-        with pytest.raises(MemoryHeld, match=f"{bay['policy'].url} lends its devices and still holds .* KV cache"):
-            await asyncio.wait_for(world.ask("judge", requests("j", 1)), 30)
+        bay["policy"].__class__, ranks.free = kind, free
+        judged = asyncio.wait_for(world.ask("judge", requests("j", 1)), 30)
+        if message is None:
+            assert len(await judged) == 4
+            return
+        with pytest.raises(MemoryHeld, match=message.format(url=bay["policy"].url)):
+            await judged
 
 
 @pytest.mark.long

@@ -84,3 +84,37 @@ async def test_a_server_leaves_in_the_middle_and_another_one_comes(endless, tmp_
         await until_busy(asking, third)
         assert [len(samples) for samples in await asking] == [1] * 4
     assert (faults.retries, faults.restarts) == (0, 0)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+async def test_what_a_server_ends_early_goes_on_at_another(endless, tmp_path, request_for, prompts):
+    """Greedy, so that its tokens are those of an undisturbed server; some wait in its queue when it is stopped."""
+    if not SGLANG.exists():
+        lacking("SGLang's environment is missing: make sglang-cpu")
+    (tmp_path / "key").write_text(KEY)
+    sglang = settings("sglang", endless, tmp_path / "key", CONTEXT).model_dump()
+    sglang |= {"count": 2, "router": "sglang", "max_running": 4, "deterministic": False}
+    requests = [
+        request_for(prompt, seeds=range(4), name=f"p{i}", max_new_tokens=TOKENS, temperature=0.0)
+        for i, prompt in enumerate(prompts[:4])
+    ]
+    moved: list[int] = []
+    async with group_of_servers((endless,), tmp_path, Faults(), **sglang) as group:
+        alone = {sample.id: sample for samples in await collect(group, requests) for sample in samples}
+        group.moves, group.hooks.moved = "on", moved.append
+        first, second = group.clients
+        asking = asyncio.ensure_future(collect(group, requests))
+        for resting in (second, first):
+            await until_busy(asking, resting)
+            await group.rest([resting])
+            assert not await resting.busy()
+            assert not asking.done()
+            await group.work([resting])
+        found = {sample.id: sample for samples in await asking for sample in samples}
+    assert sum(moved) > 0
+    assert sorted(found) == sorted(alone)
+    for name, sample in found.items():
+        assert len(sample.token_ids) == len(sample.logprobs) == TOKENS
+        assert sample.token_ids.tolist() == alone[name].token_ids.tolist()
+        assert abs(sample.logprobs - alone[name].logprobs).max() < 1e-3
