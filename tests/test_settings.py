@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_fapo.config import Config, check_surroundings, dump_config, read_config
+from megatron_fapo.config import Config, dump_config, read_config
 from megatron_fapo.errors import ConfigError
+from megatron_fapo.surroundings import check_surroundings
 
 ROOT = Path(__file__).parents[1]
 CLOCK = ROOT / "configs/clock/fapo.yaml"

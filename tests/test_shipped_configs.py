@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fapo.config import check_surroundings, lacking, read_config
+from megatron_fapo.config import read_config
 from megatron_fapo.errors import ConfigError
+from megatron_fapo.surroundings import check_surroundings, lacking
 from tests.cli.test_commands import fapo
 
 ROOT = Path(__file__).parents[1]

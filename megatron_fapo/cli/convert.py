@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from megatron_fapo.config import read_config, shape_file
+from megatron_fapo.config import read_config
 from megatron_fapo.errors import ConfigError, DataError
 from megatron_fapo.fp8 import Fp8, Scales
 from megatron_fapo.policy.settings import ParallelSettings
 from megatron_fapo.settings import build
+from megatron_fapo.surroundings import shape_file
 
 if TYPE_CHECKING:
     from megatron_fapo.policy.shapes import Survey

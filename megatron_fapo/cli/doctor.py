@@ -14,9 +14,10 @@ from rich.table import Table
 from megatron_fapo.cli import doctor_machine, doctor_stack
 from megatron_fapo.cli.arguments import Overrides
 from megatron_fapo.cli.finding import Finding
-from megatron_fapo.config import Config, lacking, read_config
+from megatron_fapo.config import Config, read_config
 from megatron_fapo.errors import ConfigError
 from megatron_fapo.publish.settings import PublishSettings
+from megatron_fapo.surroundings import lacking
 
 EXAMPLE = "Example: fapo doctor configs/clock/fapo.yaml --port 30000"
 

@@ -14,8 +14,9 @@ import typer
 
 from megatron_fapo.cli.arguments import ConfigPath, Overrides
 from megatron_fapo.cli.train import STOPPED
-from megatron_fapo.config import Config, check_surroundings, read_config
+from megatron_fapo.config import Config, read_config
 from megatron_fapo.errors import ConfigError
+from megatron_fapo.surroundings import check_surroundings
 
 EXAMPLE = "Example: fapo submit configs/clock/fapo.yaml --nodes 2 --dry-run policy.parallel.data=2"
 TEMPLATE = Path(__file__).parent / "assets" / "job.sbatch"

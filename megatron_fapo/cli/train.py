@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 
 from megatron_fapo.cli.arguments import ConfigPath, Overrides
-from megatron_fapo.config import Config, check_surroundings, dump_config, lacking, read_config
+from megatron_fapo.config import Config, dump_config, read_config
 from megatron_fapo.errors import ConfigError, ResumeError
 from megatron_fapo.records import RunState
 from megatron_fapo.refresh import train_with_refreshes
 from megatron_fapo.run.folder import RunFolder
 from megatron_fapo.settings import flatten
+from megatron_fapo.surroundings import check_surroundings, lacking
 
 STOPPED = os.EX_TEMPFAIL
 """Exit status of a run that was asked to stop before its last step; its checkpoint is written."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from megatron_fapo.config import Config, read_shape
+from megatron_fapo.config import Config
 from megatron_fapo.errors import ConfigError
 from megatron_fapo.plan.assumptions import Card
 from megatron_fapo.plan.shape import Shape
@@ -12,6 +12,7 @@ from megatron_fapo.policy.settings import ParallelSettings
 from megatron_fapo.records import Role
 from megatron_fapo.serving.bays import Bays
 from megatron_fapo.serving.settings import ServerSettings
+from megatron_fapo.surroundings import read_shape
 
 Placement = Literal["colocated", "split"]
 """Whether ranks and servers take turns on the same GPUs, or have their own."""
@@ -97,8 +98,8 @@ def deployment(
 ) -> Deployment:
     """The GPUs of a configuration. `gpus` scales data parallelism and the number of servers.
 
-    Models are known by their config.json, or by the one that is shipped under their name (`config.read_shape`). Raises
-    ConfigError for what cannot be.
+    Models are known by their config.json, or by the one that is shipped under their name (`surroundings.read_shape`).
+    Raises ConfigError for what cannot be.
     """
     config_json = read_shape(config.policy.model)
     shape, parallel = Shape.of(config_json), config.policy.parallel
