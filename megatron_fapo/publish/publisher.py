@@ -39,11 +39,13 @@ async def publish(
     then stay open, so that no server answers a request with half-way weights.
     """
     layouts = await settled([receiver.layout() for receiver in receivers])
+    different = tuple(dict.fromkeys(layouts))
     beginning = [receiver.begin_update() for receiver in receivers]
-    await settled([exporter.open_export(tuple(dict.fromkeys(layouts))), *beginning])
+    await settled([exporter.open_export(different), *beginning])
     buckets = await transport.send(exporter, receivers)
-    expected = {layout: await exporter.expected(layout) for layout in dict.fromkeys(layouts)}
-    held = await settled([receiver.held() for receiver in receivers])
+    expecting, asking = [exporter.expected(layout) for layout in different], [receiver.held() for receiver in receivers]
+    found = await settled([*expecting, *asking])
+    expected, held = dict(zip(different, found, strict=False)), found[len(different) :]
     for place, (layout, sums) in enumerate(zip(layouts, held, strict=True)):
         if wrong := differing(expected[layout], sums):
             raise WeightsError(
