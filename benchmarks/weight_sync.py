@@ -302,7 +302,10 @@ def main() -> None:
     parser.add_argument("--transports", action="store_true", help="all ways for weights, at TP2")
     parser.add_argument("--delta", action="store_true", help="bytes of a delta after real optimizer steps")
     parser.add_argument("--json", action="store_true", help="a last line of JSON")
-    parser.add_argument("--bucket", type=float, default=128.0, help="megabytes of a bucket")
+    usual = PublishSettings().bucket_megabytes
+    parser.add_argument(
+        "--bucket", type=float, default=usual, help=f"megabytes of a bucket ({usual:g}, as a run has it)"
+    )
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(1)
