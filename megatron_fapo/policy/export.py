@@ -182,11 +182,10 @@ class Export:
         """Ranks send to rank 0, which writes: from other machines, into its device's memory, and in FP8, whose blocks
         may span several shards.
         """
-        free = iter(spans)
-        for piece in pieces:
-            for name, whole in fetch(self.model.bridge, self.model.chunks, piece):
-                for _, tensor in self._formed(name, whole):
-                    next(free).copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
+        whole = (pair for piece in pieces for pair in fetch(self.model.bridge, self.model.chunks, piece))
+        tensors = (tensor for name, one in whole for _, tensor in self._formed(name, one))
+        for tensor, span in zip(tensors, spans, strict=True):  # a span that nobody fills would be summed as it was
+            span.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
 
     def _formed(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         """What the servers hold of a tensor."""

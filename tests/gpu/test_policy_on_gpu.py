@@ -95,6 +95,16 @@ def test_each_phase_holds_the_memory_that_it_should(card: str, small: Path, tmp_
     assert held["back"]["held"] == pytest.approx(held[last]["held"], rel=0.05)
 
 
+def test_an_optimizer_on_the_host_takes_no_memory_of_the_device(card: str, small: Path, tmp_path: Path) -> None:
+    settings = settings_of(small, "bfloat16")
+    away = settings.changed(optimizer=settings.optimizer.changed(cpu_offload=1.0))
+    found = run(small_work(small, "bfloat16").model_copy(update={"settings": away}), tmp_path)
+    assert found["freed"]["optimizer"] == 0
+    assert found["freed"]["parameters"] > 0
+    (tmp_path / "here").mkdir()
+    assert_near(found, run(small_work(small, "bfloat16"), tmp_path / "here"), BFLOAT16)
+
+
 def test_an_update_of_a_1_7b_model(card: str, tmp_path: Path) -> None:
     """Model FLOPs utilisation and peak memory; written to runs/gpu, because that is what this is for."""
     import transformers
