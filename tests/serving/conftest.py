@@ -13,7 +13,7 @@ from megatron_fapo.serving.launcher import launch_one
 from megatron_fapo.serving.settings import ServerSettings
 from tests.conftest import lacking
 from tests.serving.conformance import ENGINES, KEY, SGLANG, Served, settings
-from tests.serving.worlds import CONTEXT, Reference, make_model
+from tests.serving.worlds import CONTEXT, Reference, make_model, write_bucket
 
 SERVERS = [pytest.param(e, marks=pytest.mark.long if e == "sglang" else ()) for e in ENGINES]
 
@@ -152,3 +152,18 @@ async def server(request, launched, models):
         if await client.weight_version() != "default":
             body = {"model_path": str(models[0]), "weight_version": "default"}
             assert (await served.post("/update_weights_from_disk", **body))[0] == 200
+
+
+@pytest.fixture
+def bucket_of():
+    """Tensors in shared memory; segments are removed at the end."""
+    segments = []
+
+    def make(tensors):
+        segment, bucket = write_bucket(f"test-{os.getpid()}-{len(segments)}", tensors)
+        segments.append(segment)
+        return segment, bucket
+
+    yield make
+    for segment in segments:
+        segment.remove()

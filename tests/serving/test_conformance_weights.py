@@ -17,22 +17,6 @@ from megatron_fapo.publish.transports import Delta, make_transport
 from megatron_fapo.records import VersionSpan
 from tests.publish.ends import Source
 from tests.serving.conformance import collect, known_difference
-from tests.serving.worlds import write_bucket
-
-
-@pytest.fixture
-def bucket_of():
-    """Tensors in shared memory; segments are removed at the end."""
-    segments = []
-
-    def make(tensors):
-        segment, bucket = write_bucket(f"conformance-{len(segments)}", tensors)
-        segments.append(segment)
-        return segment, bucket
-
-    yield make
-    for segment in segments:
-        segment.remove()
 
 
 async def expected_of(client, buckets):

@@ -12,22 +12,7 @@ import torch
 from megatron_fapo.errors import RequestRejected
 from megatron_fapo.records import Bucket, VersionSpan
 from megatron_fapo.weights import checksum, digest
-from tests.serving.worlds import make_model, with_kept_cache, write_bucket
-
-
-@pytest.fixture
-def bucket_of():
-    """Tensors in shared memory; segments are removed at the end."""
-    segments = []
-
-    def make(tensors, name="test"):
-        segment, bucket = write_bucket(f"{name}-{len(segments)}", tensors)
-        segments.append(segment)
-        return segment, bucket
-
-    yield make
-    for segment in segments:
-        segment.remove()
+from tests.serving.worlds import make_model, with_kept_cache
 
 
 async def greedy(client, request_for, prompt, new=24):

@@ -1,15 +1,13 @@
 """`fapo submit` on a real Slurm of two nodes: submitted, out of time, queued again, resumed, preempted, finished."""
 
-import json
 import re
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-FAPO = str(Path(sys.executable).parent / "fapo")
+from tests.cluster.whole_runs import FAPO, ROOT, lines
+
 RUN = [
     "configs/clock/fapo.yaml",
     "policy.parallel.data=2",
@@ -28,11 +26,6 @@ RUN = [
 ]
 
 SIZE = ["--nodes", "2", "--cpus-per-task", "4", "--time", "30"]
-
-
-def lines(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def outcome(run: Path) -> list[dict]:
